@@ -1,0 +1,70 @@
+"""The contract between the stages, and the one place that knows which file runs a family."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from models.catalog import Model
+from models.request import ModelFamily, VideoRequest
+from models.tensors import Conditioning, DenoiseState, Frames
+
+
+class Encoder(Protocol):
+    """Turns the words and the start image of a request into Conditioning."""
+
+    def encode(self, request: VideoRequest, start_image: bytes | None) -> Conditioning: ...
+
+
+class Denoiser(Protocol):
+    """Draws the noise, then removes it step by step."""
+
+    def start(self, request: VideoRequest, conditioning: Conditioning) -> DenoiseState: ...
+
+    def step(
+        self, request: VideoRequest, conditioning: Conditioning, state: DenoiseState
+    ) -> DenoiseState: ...
+
+
+class Decoder(Protocol):
+    """Turns final latents [1, C, F, H, W] into frames, in temporal order."""
+
+    def decode(self, request: VideoRequest, state: DenoiseState) -> Iterator[Frames]: ...
+
+
+class FamilyNotBuilt(Exception):
+    """The family has a price but no code here runs it yet."""
+
+    def __init__(self, family: str) -> None:
+        super().__init__(family)
+        self.family = family
+
+    def __str__(self) -> str:
+        return f"no code here runs the model family {self.family!r} yet"
+
+
+def load_encoder(model: Model) -> Encoder:
+    """Load what encoding needs: the text encoder and the VAE's encoder."""
+    _check_built(model)
+    from models.z_image_video import ZImageVideoEncoder
+
+    return ZImageVideoEncoder(model)
+
+
+def load_denoiser(model: Model) -> Denoiser:
+    """Load the transformer and the scheduler's configuration."""
+    _check_built(model)
+    from models.z_image_video import ZImageVideoDenoiser
+
+    return ZImageVideoDenoiser(model)
+
+
+def load_decoder(model: Model) -> Decoder:
+    """Load the VAE's decoder."""
+    _check_built(model)
+    from models.z_image_video import ZImageVideoDecoder
+
+    return ZImageVideoDecoder(model)
+
+
+def _check_built(model: Model) -> None:
+    if model.manifest.family is not ModelFamily.Z_IMAGE_VIDEO:
+        raise FamilyNotBuilt(model.manifest.family)

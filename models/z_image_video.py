@@ -1,0 +1,210 @@
+"""Z-Image video: diffusers' `ZImageTransformer2DModel` on the latents of a causal Wan VAE.
+
+Follows `diffusers.ZImagePipeline` (text, velocity sign, timestep) with a frame axis; a start
+frame's clean latent is held in place at every step, as the model was trained.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, unpatchify
+from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+
+from models.catalog import Model
+from models.request import VideoRequest
+from models.start_image import fit_start_image
+from models.tensors import Conditioning, DenoiseState, Frames
+from models.weights import choose_device, choose_dtype, load_component
+
+PATCH_SIZE = 2
+
+
+class ZImageVideoEncoder:
+    """Qwen3's last hidden state but one for the words, the VAE's latents for a start image."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.device = choose_device()
+        dtype = choose_dtype(self.device)
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            model.folder / "tokenizer", local_files_only=True, trust_remote_code=False
+        )
+        self.text_encoder = load_component(
+            Qwen3Model, model.folder / "text_encoder", dtype, self.device
+        )
+        self.vae = load_component(AutoencoderKLWan, model.folder / "vae", dtype, self.device)
+        self.vae.decoder = None
+
+    @torch.inference_mode()
+    def encode(self, request: VideoRequest, start_image: bytes | None) -> Conditioning:
+        """Guidance of 1 needs no negative text. Raises nothing of the user's making."""
+        positive, num_tokens = self._encode_text(request.prompt)
+        negative = None
+        if request.guidance_scale != 1.0:
+            negative, _ = self._encode_text(request.negative_prompt)
+        start_latents = None
+        if start_image is not None:
+            start_latents = self._encode_start_image(request, start_image)
+        return Conditioning(positive, negative, start_latents, num_tokens)
+
+    def _encode_text(self, text: str) -> tuple[Any, int]:
+        """float32 [N, D] without padding, and the number of tokens before truncation."""
+        prompt = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=True,
+        )
+        token_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        kept = torch.tensor([token_ids[: self.model.manifest.max_text_tokens]], device=self.device)
+        states = self.text_encoder(input_ids=kept, output_hidden_states=True).hidden_states[-2]
+        return states[0].float().cpu().numpy(), len(token_ids)
+
+    def _encode_start_image(self, request: VideoRequest, start_image: bytes) -> Any:
+        size = (request.width, request.height)
+        pixels = fit_start_image(
+            start_image, size=size, generated_size=self.model.generated_size(*size)
+        )
+        # [3, H, W] -> [1, 3, 1, H, W]  a video of one frame: the VAE is causal
+        video = torch.from_numpy(pixels)[None, :, None].to(self.device, self.vae.dtype)
+        latents = self.vae.encode(video).latent_dist.mode().float()
+        mean, deviation = _latent_statistics(self.vae)
+        return ((latents - mean) / deviation)[0].cpu().numpy()
+
+
+class ZImageVideoDenoiser:
+    """Flow matching with classifier-free guidance: negative + g * (positive - negative)."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.device = choose_device()
+        self.dtype = choose_dtype(self.device)
+        self.transformer = load_component(
+            ZImageTransformer2DModel, model.folder / "transformer", self.dtype, self.device
+        )
+        self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
+            model.folder / "scheduler", local_files_only=True
+        )
+
+    @torch.inference_mode()
+    def start(self, request: VideoRequest, conditioning: Conditioning) -> DenoiseState:
+        """Noise at full shape from the seed alone, on the CPU: the same on every machine."""
+        width, height = self.model.generated_size(request.width, request.height)
+        frames = self.model.generated_frames(request.num_frames, request.f_patch_size)
+        compression = self.model.size_multiple // PATCH_SIZE
+        shape = (
+            1,
+            self.transformer.config.in_channels,
+            (frames - 1) // self.model.frame_stride + 1,
+            height // compression,
+            width // compression,
+        )
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        noise = torch.randn(shape, generator=generator).to(self.device)
+        return DenoiseState(noise, step=0, num_steps=request.num_steps)
+
+    @torch.inference_mode()
+    def step(
+        self, request: VideoRequest, conditioning: Conditioning, state: DenoiseState
+    ) -> DenoiseState:
+        """One Euler step; guidance runs both texts as one batch."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(state.num_steps, device=self.device)
+        scheduler.set_begin_index(state.step)
+        timestep = scheduler.timesteps[state.step]
+        latents = _hold_start_frame(state.latents, conditioning)
+        velocity = self._predict(request, conditioning, latents, 1.0 - float(timestep) / 1000.0)
+        latents = scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
+        latents = _hold_start_frame(latents, conditioning)
+        return DenoiseState(latents, state.step + 1, state.num_steps)
+
+    def _predict(
+        self, request: VideoRequest, conditioning: Conditioning, latents: Tensor, time: float
+    ) -> Tensor:
+        texts = [conditioning.positive]
+        if conditioning.negative is not None:
+            texts.append(conditioning.negative)
+        outputs = self.transformer(
+            [latents[0].to(self.dtype)] * len(texts),
+            torch.full((len(texts),), time, device=self.device),
+            [torch.tensor(text, dtype=self.dtype, device=self.device) for text in texts],
+            patch_size=PATCH_SIZE,
+            f_patch_size=request.f_patch_size,
+            return_dict=False,
+        )[0]
+        if len(outputs) == 1:
+            return outputs[0][None].float()
+        positive, negative = (output[None].float() for output in outputs)
+        return negative + request.guidance_scale * (positive - negative)
+
+
+class ZImageVideoDecoder:
+    """Decodes one latent frame at a time through the Wan VAE's feature cache: 1, 4, 4, ... frames.
+
+    Bit-equal to `AutoencoderKLWan.decode`, whose loop this is; the cache is the call's own, so
+    that calls may overlap.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.device = choose_device()
+        self.vae = load_component(
+            AutoencoderKLWan, model.folder / "vae", choose_dtype(self.device), self.device
+        )
+        self.vae.encoder = None
+
+    @torch.inference_mode()
+    def decode(self, request: VideoRequest, state: DenoiseState) -> Iterator[Frames]:
+        """Frames trimmed to the asked count and, from the middle, to the asked size."""
+        mean, deviation = _latent_statistics(self.vae)
+        latents = state.latents.to(self.device) * deviation + mean
+        hidden = self.vae.post_quant_conv(latents.to(self.vae.dtype))
+        cache: list[Tensor | None] = [None] * self.vae._cached_conv_counts["decoder"]
+        remaining = request.num_frames
+        for index in range(hidden.shape[2]):
+            if remaining <= 0:
+                return
+            chunk = self.vae.decoder(
+                hidden[:, :, index : index + 1],
+                feat_cache=cache,
+                feat_idx=[0],
+                first_chunk=index == 0,
+            )
+            if self.vae.config.patch_size is not None:
+                chunk = unpatchify(chunk, self.vae.config.patch_size)
+            pixels = _to_pixels(chunk, request.width, request.height)[:remaining]
+            remaining -= len(pixels)
+            yield Frames(pixels, request.fps)
+
+
+def _to_pixels(chunk: Tensor, width: int, height: int) -> Any:
+    """[1, 3, F, H, W] in -1..1 -> uint8 [F, height, width, 3], cut from the middle."""
+    top, left = (chunk.shape[3] - height) // 2, (chunk.shape[4] - width) // 2
+    cut = chunk[0, :, :, top : top + height, left : left + width].float().clamp(-1.0, 1.0)
+    rounded = ((cut + 1.0) * 127.5).round().to(torch.uint8)
+    return np.ascontiguousarray(rounded.permute(1, 2, 3, 0).cpu().numpy())
+
+
+def _latent_statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each latent channel, [1, C, 1, 1, 1]."""
+    shape = (1, -1, 1, 1, 1)
+    return (
+        torch.tensor(vae.config.latents_mean, device=vae.device).view(shape),
+        torch.tensor(vae.config.latents_std, device=vae.device).view(shape),
+    )
+
+
+def _hold_start_frame(latents: Tensor, conditioning: Conditioning) -> Tensor:
+    if conditioning.start_latents is None:
+        return latents
+    start = torch.tensor(conditioning.start_latents, device=latents.device)[None]
+    return torch.cat([start, latents[:, :, 1:]], dim=2)

@@ -1,0 +1,73 @@
+"""`python -m training` makes models/demo from nothing; an interrupted run goes on."""
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
+from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+
+from training.text_encoder import make_text_encoder, make_tokenizer, save_text_encoder
+from training.train_denoiser import encode_clips, train_denoiser
+from training.train_vae import reconstruction_scores, train_vae
+
+MANIFEST = Path(__file__).with_name("manifest.json")
+
+
+def main() -> None:
+    """Train, then write the checkpoint; prints how long each part took."""
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("models/demo"))
+    parser.add_argument("--work", type=Path, default=Path("out/training"))
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+
+    started_s = time.monotonic()
+    vae = train_vae(arguments.work, arguments.seed)
+    print(f"VAE: {_minutes(started_s)}; held-out clips survive it: {reconstruction_scores(vae)}")
+    clips = encode_clips(vae, arguments.seed, arguments.work / "clips.pt")
+    torch.manual_seed(arguments.seed)
+    tokenizer = make_tokenizer(arguments.seed)
+    text_encoder = make_text_encoder(len(tokenizer))
+    transformer = train_denoiser(clips, tokenizer, text_encoder, arguments.work, arguments.seed)
+    text_encoder.eval()
+    save_checkpoint(arguments.out, vae, tokenizer, text_encoder, transformer)
+    print(f"all: {_minutes(started_s)}; wrote {arguments.out}")
+
+
+def save_checkpoint(
+    folder: Path,
+    vae: AutoencoderKLWan,
+    tokenizer: PreTrainedTokenizerFast,
+    text_encoder: Qwen3Model,
+    transformer: ZImageTransformer2DModel,
+) -> None:
+    """Write diffusers' layout in half precision, with the manifest and its check sums."""
+    save_text_encoder(tokenizer, text_encoder.half(), folder)
+    vae.half().save_pretrained(folder / "vae", safe_serialization=True)
+    transformer.half().save_pretrained(folder / "transformer", safe_serialization=True)
+    FlowMatchEulerDiscreteScheduler(shift=5.0).save_pretrained(folder / "scheduler")
+    manifest = json.loads(MANIFEST.read_text())
+    manifest["sha256"] = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.glob("*/*"))
+        if path.is_file()
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _minutes(started_s: float) -> str:
+    return f"{(time.monotonic() - started_s) / 60:.1f} minutes"
+
+
+if __name__ == "__main__":
+    main()

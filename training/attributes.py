@@ -1,0 +1,122 @@
+"""Reads colour, shape and motion off a clip by classical image analysis, frame by frame."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.clips import HUES_DEG, MOTIONS, SHAPES, signed_distance
+
+FOREGROUND_DIFFERENCE = 0.22
+MIN_AREA, MAX_AREA = 0.006, 0.4
+MIN_TRAVEL, STILL_TRAVEL = 0.3, 0.08
+MAX_OFF_TRACK = 0.06
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What each frame shows; None in a frame where no single shape stands out.
+
+    motion is one for the clip: the direction of the centroid's straight track, or None if any
+    frame leaves the track by more than 6 % of the frame or the travel is neither one nor rest.
+    """
+
+    colours: tuple[str | None, ...]
+    shapes: tuple[str | None, ...]
+    motion: str | None
+    background: str
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Which of the asked attributes are right in every frame."""
+
+    colour: bool
+    shape: bool
+    motion: bool
+
+
+def read_attributes(pixels: NDArray[np.uint8]) -> Attributes:
+    """pixels: uint8 [F, H, W, 3] RGB."""
+    video = pixels.astype(np.float32) / 255.0
+    masks = [_foreground(frame) for frame in video]
+    visible = [MIN_AREA < mask.mean() < MAX_AREA for mask in masks]
+    border = np.concatenate([video[:, 0], video[:, -1], video[:, :, 0], video[:, :, -1]], axis=1)
+    return Attributes(
+        colours=tuple(
+            _colour(frame, mask) if seen else None
+            for frame, mask, seen in zip(video, masks, visible, strict=True)
+        ),
+        shapes=tuple(_shape(mask) if seen else None for mask, seen in zip(masks, visible, strict=True)),
+        motion=_motion(masks) if all(visible) else None,
+        background="light" if float(np.median(border)) > 0.5 else "dark",
+    )
+
+
+def score(pixels: NDArray[np.uint8], colour: str, shape: str, motion: str) -> Score:
+    """An attribute counts only if it is right in every frame, the first one included."""
+    seen = read_attributes(pixels)
+    return Score(
+        colour=all(found == colour for found in seen.colours),
+        shape=all(found == shape for found in seen.shapes),
+        motion=seen.motion == motion,
+    )
+
+
+def _foreground(frame: NDArray[np.float32]) -> NDArray[np.bool_]:
+    border = np.concatenate([frame[0], frame[-1], frame[:, 0], frame[:, -1]])
+    difference = np.abs(frame - np.median(border, axis=0)).max(axis=-1)
+    return np.asarray(difference > FOREGROUND_DIFFERENCE)
+
+
+def _colour(frame: NDArray[np.float32], mask: NDArray[np.bool_]) -> str:
+    red, green, blue = np.median(frame[mask], axis=0)
+    hue_deg = np.rad2deg(np.arctan2(np.sqrt(3.0) * (green - blue), 2.0 * red - green - blue))
+    return min(HUES_DEG, key=lambda name: abs((hue_deg - HUES_DEG[name] + 180.0) % 360.0 - 180.0))
+
+
+def _centroid(mask: NDArray[np.bool_]) -> tuple[float, float]:
+    rows, columns = np.nonzero(mask)
+    return float(columns.mean()), float(rows.mean())
+
+
+def _shape(mask: NDArray[np.bool_]) -> str:
+    """The template of equal area and best overlap, its centre searched within 2 pixels."""
+    centre_x, centre_y = _centroid(mask)
+    radius_px = float(np.sqrt(mask.sum() / np.pi))
+    x, y = np.meshgrid(
+        np.arange(mask.shape[1], dtype=np.float32), np.arange(mask.shape[0], dtype=np.float32)
+    )
+    overlap = dict.fromkeys(SHAPES, 0.0)
+    for shape in SHAPES:
+        for shift_x in (-1.0, 0.0, 1.0):
+            for shift_y in (-1.0, 0.0, 1.0):
+                template = (
+                    signed_distance(shape, x - centre_x - shift_x, y - centre_y - shift_y, radius_px)
+                    < 0.0
+                )
+                both = np.logical_and(mask, template).sum() / np.logical_or(mask, template).sum()
+                overlap[shape] = max(overlap[shape], float(both))
+    return max(overlap, key=lambda shape: overlap[shape])
+
+
+def _motion(masks: list[NDArray[np.bool_]]) -> str | None:
+    size = np.array([masks[0].shape[1], masks[0].shape[0]], np.float64)
+    track = np.array([_centroid(mask) for mask in masks]) / size
+    time = np.arange(len(masks)) - (len(masks) - 1) / 2.0
+    slope = (time[:, None] * track).sum(axis=0) / (time**2).sum()
+    off_track = np.abs(track - track.mean(axis=0) - time[:, None] * slope).max()
+    if off_track > MAX_OFF_TRACK:
+        return None
+    travel = slope * (len(masks) - 1)
+    distance = float(np.hypot(*travel))
+    if distance < STILL_TRAVEL:
+        return "still"
+    if distance < MIN_TRAVEL:
+        return None
+    angle = np.arctan2(travel[1], travel[0])
+    for name, (x, y) in MOTIONS.items():
+        turn = (angle - np.arctan2(y, x) + np.pi) % (2.0 * np.pi) - np.pi
+        if name != "still" and abs(turn) <= np.pi / 8.0:
+            return name
+    return None
