@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from models.catalog import Model
 from models.request import ModelFamily, VideoRequest
 from models.tensors import Conditioning, DenoiseState, Frames
@@ -25,9 +28,9 @@ class Denoiser(Protocol):
 
 
 class Decoder(Protocol):
-    """Turns final latents [1, C, F, H, W] into frames, in temporal order."""
+    """Turns final latents, float32 [1, C, F, H, W], into frames, in temporal order."""
 
-    def decode(self, request: VideoRequest, state: DenoiseState) -> Iterator[Frames]: ...
+    def decode(self, request: VideoRequest, latents: NDArray[np.float32]) -> Iterator[Frames]: ...
 
 
 class FamilyNotBuilt(Exception):

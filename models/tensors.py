@@ -4,10 +4,13 @@ Whatever crosses a process is a numpy array: Ray shares those without a copy, to
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Conditioning:
 class DenoiseState:
     """Latents [1, C, F, H, W] in float32 after `step` of `num_steps` steps."""
 
-    latents: Tensor
+    latents: "Tensor"
     step: int
     num_steps: int
 

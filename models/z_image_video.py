@@ -15,6 +15,7 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformer2
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
@@ -163,11 +164,11 @@ class ZImageVideoDecoder:
         self.vae.encoder = None
 
     @torch.inference_mode()
-    def decode(self, request: VideoRequest, state: DenoiseState) -> Iterator[Frames]:
+    def decode(self, request: VideoRequest, latents: NDArray[np.float32]) -> Iterator[Frames]:
         """Frames trimmed to the asked count and, from the middle, to the asked size."""
         mean, deviation = _latent_statistics(self.vae)
-        latents = state.latents.to(self.device) * deviation + mean
-        hidden = self.vae.post_quant_conv(latents.to(self.vae.dtype))
+        scaled = torch.tensor(latents, device=self.device) * deviation + mean
+        hidden = self.vae.post_quant_conv(scaled.to(self.vae.dtype))
         cache: list[Tensor | None] = [None] * self.vae._cached_conv_counts["decoder"]
         remaining = request.num_frames
         for index in range(hidden.shape[2]):

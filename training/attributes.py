@@ -47,7 +47,9 @@ def read_attributes(pixels: NDArray[np.uint8]) -> Attributes:
             _colour(frame, mask) if seen else None
             for frame, mask, seen in zip(video, masks, visible, strict=True)
         ),
-        shapes=tuple(_shape(mask) if seen else None for mask, seen in zip(masks, visible, strict=True)),
+        shapes=tuple(
+            _shape(mask) if seen else None for mask, seen in zip(masks, visible, strict=True)
+        ),
         motion=_motion(masks) if all(visible) else None,
         background="light" if float(np.median(border)) > 0.5 else "dark",
     )
@@ -92,7 +94,9 @@ def _shape(mask: NDArray[np.bool_]) -> str:
         for shift_x in (-1.0, 0.0, 1.0):
             for shift_y in (-1.0, 0.0, 1.0):
                 template = (
-                    signed_distance(shape, x - centre_x - shift_x, y - centre_y - shift_y, radius_px)
+                    signed_distance(
+                        shape, x - centre_x - shift_x, y - centre_y - shift_y, radius_px
+                    )
                     < 0.0
                 )
                 both = np.logical_and(mask, template).sum() / np.logical_or(mask, template).sum()

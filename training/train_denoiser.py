@@ -19,7 +19,8 @@ from training.clips import BACKGROUNDS, Combination, all_combinations, draw_clip
 from training.loop import MovingAverage, run_steps
 from training.train_vae import to_model_range
 
-NUM_STEPS = 4000
+NUM_STEPS = 3600
+ENCODE_BATCH = 20
 CLIPS_PER_CAPTION = 30
 BATCH_SIZE = 32
 MUON_LEARNING_RATE, ADAM_LEARNING_RATE = 2e-3, 2e-3
@@ -77,11 +78,15 @@ def encode_clips(vae: AutoencoderKLWan, seed: int, saved_at: Path) -> LatentClip
     else:
         random_numbers = np.random.default_rng(seed)
         latents, coverage = [], []
-        for combination, background in tqdm(captions, desc="encode clips", mininterval=2.0):
-            clip = draw_clip(combination, background, random_numbers)
-            posterior = vae.encode(to_model_range(clip.pixels)[None]).latent_dist
-            latents.append(posterior.mode()[0])
-            coverage.append(_latent_coverage(torch.from_numpy(clip.alpha)))
+        bar = tqdm(range(0, len(captions), ENCODE_BATCH), desc="encode clips", mininterval=2.0)
+        for first in bar:
+            clips = [
+                draw_clip(combination, background, random_numbers)
+                for combination, background in captions[first : first + ENCODE_BATCH]
+            ]
+            pixels = torch.stack([to_model_range(clip.pixels) for clip in clips])
+            latents.extend(vae.encode(pixels).latent_dist.mode())
+            coverage.extend(_latent_coverage(torch.from_numpy(clip.alpha)) for clip in clips)
         saved = {"latents": torch.stack(latents), "coverage": torch.stack(coverage)}
         torch.save(saved, saved_at)
     mean = saved["latents"].mean(dim=(0, 2, 3, 4))

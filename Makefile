@@ -1,0 +1,59 @@
+PYTHON ?= python3.11
+PORT ?= 8000
+PROMPT ?= a red circle moving right
+BIN := .venv/bin
+export RAY_AUTH_MODE := token
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: setup demo serve test test-all test-unit test-database test-serve test-k8s lint format \
+	bench train-demo
+
+setup: .venv/.ready
+
+# TORCH_ARGS: on Linux without a GPU, --extra-index-url https://download.pytorch.org/whl/cpu
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		$(TORCH_ARGS) --editable '.[dev]'
+	touch $@
+
+demo: setup
+	@$(BIN)/python -m client.demo "$(PROMPT)"
+
+serve: setup
+	@exec $(BIN)/python -m deployments.launch --port $(PORT)
+
+test: setup
+	$(BIN)/python -m pytest -m "not long"
+
+test-all: setup
+	$(BIN)/python -m pytest
+
+test-unit: setup
+	$(BIN)/python -m pytest tests/unit
+
+test-database: setup
+	$(BIN)/python -m pytest tests/database
+
+test-serve: setup
+	$(BIN)/python -m pytest tests/serve
+
+test-k8s: setup
+	$(BIN)/python -m pytest tests/k8s
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/python -m bench.prompt_adherence
+	$(BIN)/python -m bench.cluster_tax
+
+train-demo: setup
+	$(BIN)/python -m training

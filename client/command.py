@@ -1,0 +1,60 @@
+"""The `mutoscope` command."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from client.client import ApiError, Client, NotConfigured, find_server
+from client.generate import GenerationFailed, generate
+
+
+def main() -> None:
+    """Parse, run, and turn expected faults into one line."""
+    arguments = _parser().parse_args()
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ApiError, NotConfigured, GenerationFailed) as error:
+        sys.exit(f"mutoscope: {error}")
+    except httpx.TransportError as error:
+        sys.exit(f"mutoscope: cannot reach the server: {error}")
+    except OSError as error:
+        sys.exit(f"mutoscope: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mutoscope", description="Make videos from prompts.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("generate", help="make one video and save it")
+    command.add_argument("prompt")
+    command.add_argument("--out", type=Path, metavar="FILE", help="default: out/<video-id>.mp4")
+    command.add_argument("--model")
+    command.add_argument("--frames", type=int, dest="num_frames", metavar="N")
+    command.add_argument("--size", metavar="WxH")
+    command.add_argument("--fps", type=int, metavar="N")
+    command.add_argument("--steps", type=int, dest="num_steps", metavar="N")
+    command.add_argument("--f-patch", type=int, dest="f_patch_size", metavar="N")
+    command.add_argument("--guidance", type=float, dest="guidance_scale", metavar="G")
+    command.add_argument("--negative-prompt", metavar="TEXT")
+    command.add_argument("--seed", type=int, metavar="N")
+    command.add_argument("--image", type=Path, metavar="FILE", help="start from this picture")
+    command.set_defaults(run=_generate)
+    return parser
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    fields: dict[str, Any] = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in ("run", "out", "image") and value is not None
+    }
+    with Client(find_server()) as client:
+        generate(client, fields, image=arguments.image, out=arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""`make demo`: start the cluster, make one video through it, stop it, leave nothing behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from client.client import ApiError, Client, find_server
+from client.generate import GenerationFailed, generate
+
+STOP_TIMEOUT_S = 20.0
+
+
+def main() -> None:
+    """The whole life of a small cluster."""
+    prompt = " ".join(sys.argv[1:]) or "a red circle moving right"
+    started_s = time.monotonic()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    print("starting the cluster ...", flush=True)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "deployments.launch", "--port", str(port)],
+        cwd=Path(__file__).resolve().parent.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(130))
+    try:
+        assert server.stdout is not None
+        ready = server.stdout.readline()
+        if "ready" not in ready:
+            sys.exit("the cluster did not start")
+        server.stdout.readline()
+        print(f"cluster ready after {time.monotonic() - started_s:.1f} s", flush=True)
+        os.environ.pop("MUTOSCOPE_URL", None)
+        os.environ.pop("MUTOSCOPE_API_KEY", None)
+        with Client(find_server()) as client:
+            generate(client, {"prompt": prompt}, image=None, out=None)
+    except (ApiError, GenerationFailed) as error:
+        sys.exit(f"demo: {error}")
+    finally:
+        print("stopping the cluster ...", flush=True)
+        server.terminate()
+        server.wait(STOP_TIMEOUT_S)
+        print(f"all done in {time.monotonic() - started_s:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

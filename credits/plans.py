@@ -1,0 +1,112 @@
+"""What each plan allows: a table that is data and pure checks against it."""
+
+from enum import StrEnum
+from typing import Self
+
+from pydantic import BaseModel, model_validator
+
+from models.request import ModelFamily, VideoRequest
+
+
+class Plan(StrEnum):
+    """What an account pays for."""
+
+    FREE = "free"
+    BASIC = "basic"
+    PRO = "pro"
+    ENTERPRISE = "enterprise"
+
+
+class PlanForbids(Exception):
+    """The plan does not include this; param names the field that asks for it."""
+
+    def __init__(self, plan: str, param: str, message: str) -> None:
+        super().__init__(plan, param, message)
+        self.plan, self.param, self.message = plan, param, message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class TooManyJobs(Exception):
+    """The account has as many jobs queued or running as its plan allows."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"at most {self.limit} jobs may be queued or running at once on this plan"
+
+
+class PlanLimits(BaseModel, frozen=True, extra="forbid"):
+    """max_frames counts frames after the first for 4k+1 models; sizes hold in either orientation.
+
+    priority: higher is leased first. image_to_video: whether a start image may be given.
+    """
+
+    max_frames: int
+    max_long_side: int
+    max_area: int
+    families: frozenset[ModelFamily]
+    max_jobs: int
+    image_to_video: bool
+    priority: int
+
+
+SVD_FAMILIES = frozenset({ModelFamily.SVD, ModelFamily.SVD_XT})
+BASIC_FAMILIES = frozenset({ModelFamily.ANIMATEDIFF})
+PRO_FAMILIES = BASIC_FAMILIES | SVD_FAMILIES | {ModelFamily.Z_IMAGE_VIDEO}
+
+
+class PlanTable(BaseModel, frozen=True, extra="forbid"):
+    """The limits of each plan."""
+
+    limits: dict[Plan, PlanLimits] = {
+        Plan.FREE: PlanLimits(
+            max_frames=0, max_long_side=0, max_area=0, families=frozenset(),
+            max_jobs=0, image_to_video=False, priority=0,
+        ),
+        Plan.BASIC: PlanLimits(
+            max_frames=16, max_long_side=512, max_area=512 * 512, families=BASIC_FAMILIES,
+            max_jobs=1, image_to_video=False, priority=1,
+        ),
+        Plan.PRO: PlanLimits(
+            max_frames=48, max_long_side=1280, max_area=1280 * 720, families=PRO_FAMILIES,
+            max_jobs=2, image_to_video=True, priority=2,
+        ),
+        Plan.ENTERPRISE: PlanLimits(
+            max_frames=128, max_long_side=1920, max_area=1920 * 1080,
+            families=frozenset(ModelFamily), max_jobs=4, image_to_video=True, priority=3,
+        ),
+    }  # fmt: skip
+
+    @model_validator(mode="after")
+    def _every_plan_has_limits(self) -> Self:
+        missing = sorted(set(Plan) - set(self.limits))
+        if missing:
+            raise ValueError(f"no limits for the plan {missing[0]!r}")
+        return self
+
+
+def check_plan(plan: Plan, limits: PlanLimits, request: VideoRequest, frame_stride: int) -> None:
+    """Raise PlanForbids at the first limit that the request exceeds."""
+    if not limits.families:
+        raise PlanForbids(plan, "model", f"the {plan} plan does not include video")
+    if request.family not in limits.families:
+        raise PlanForbids(plan, "model", f"the {plan} plan does not include {request.family}")
+    counted = request.num_frames - (1 if frame_stride > 1 else 0)
+    if counted > limits.max_frames:
+        raise PlanForbids(plan, "num_frames", f"the {plan} plan allows {limits.max_frames} frames")
+    long_side, area = max(request.width, request.height), request.width * request.height
+    if long_side > limits.max_long_side or area > limits.max_area:
+        raise PlanForbids(
+            plan,
+            "size",
+            f"the {plan} plan allows {limits.max_area} pixels "
+            f"and {limits.max_long_side} on the long side",
+        )
+    if request.start_image is not None and not limits.image_to_video:
+        raise PlanForbids(
+            plan, "input_reference", f"the {plan} plan does not include image-to-video"
+        )

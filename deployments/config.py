@@ -1,0 +1,134 @@
+"""The configuration: one tree, validated once, and the only place that reads the environment."""
+
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from autoscaling.tiers import GpuTier, ServedOn
+from credits.plans import Plan, PlanTable
+from credits.pricing import PriceTable, WorkWeights
+
+
+class LocalConfig(BaseModel, frozen=True, extra="forbid"):
+    """Objects as files in a directory; by default storage/ in MUTOSCOPE_HOME."""
+
+    kind: Literal["local"] = "local"
+    directory: Path | None = None
+
+
+class ModelConfig(BaseModel, frozen=True, extra="forbid"):
+    """A checkpoint folder, relative to the project's root or absolute, and who serves it.
+
+    id is its name in the API, by default its family's.
+    """
+
+    path: Path
+    id: str | None = None
+    served_on: tuple[ServedOn, ...] = Field(min_length=1)
+
+
+class TierConfig(BaseModel, frozen=True, extra="forbid"):
+    """One pool of denoisers and decoders.
+
+    jobs_at_once: how many of the tier's jobs a pipeline replica drives at a time; above 1 the
+    decoding of one job overlaps the denoising of the next. torch_threads: per process, CPU only.
+    """
+
+    tier: GpuTier
+    jobs_at_once: int = Field(2, ge=1)
+    torch_threads: int | None = Field(None, ge=1)
+
+
+class LimitsConfig(BaseModel, frozen=True, extra="forbid"):
+    """What a request may weigh, whatever its plan."""
+
+    max_prompt_chars: int = Field(4000, ge=1)
+    max_body_bytes: int = Field(24 << 20, ge=1024)
+    max_image_pixels: int = Field(24_000_000, ge=256)
+
+
+class LeaseConfig(BaseModel, frozen=True, extra="forbid"):
+    """A job whose lease is not extended for lease_s is taken by another pipeline replica.
+
+    max_attempts: starts of one job before it fails and is refunded.
+    """
+
+    lease_s: float = Field(8.0, gt=0.5)
+    poll_s: float = Field(0.1, gt=0)
+    max_attempts: int = Field(4, ge=1)
+
+
+class LocalAccountConfig(BaseModel, frozen=True, extra="forbid"):
+    """The account that the first start makes, its key in a file that only its owner reads."""
+
+    plan: Plan = Plan.ENTERPRISE
+    credits: int = Field(1_000_000, ge=1)
+
+
+class AppConfig(BaseModel, frozen=True, extra="forbid"):
+    """`args` of the application in serve_config.yaml."""
+
+    database_url_env: str = "DATABASE_URL"
+    storage: LocalConfig = LocalConfig()
+    models: list[ModelConfig] = Field(min_length=1)
+    tiers: list[TierConfig] = Field(min_length=1)
+    prices: PriceTable = PriceTable()
+    work_weights: WorkWeights = WorkWeights()
+    plans: PlanTable = PlanTable()
+    limits: LimitsConfig = LimitsConfig()
+    leases: LeaseConfig = LeaseConfig()
+    local_account: LocalAccountConfig | None = None
+
+    @model_validator(mode="after")
+    def _models_are_served_by_named_tiers(self) -> Self:
+        named = {tier.tier for tier in self.tiers}
+        for model in self.models:
+            for served in model.served_on:
+                if served.tier not in named:
+                    raise ValueError(f"{model.path}: no tier {served.tier!r} is configured")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the environment adds to the configuration. pepper keys the hashes of API keys."""
+
+    home: Path
+    database_url: str
+    storage: Path
+    pepper: bytes
+
+
+def read_settings(config: AppConfig) -> Settings:
+    """Read MUTOSCOPE_HOME and the database's URL; makes the home folder and its pepper."""
+    home = home_folder()
+    home.mkdir(parents=True, exist_ok=True)
+    url = os.environ.get(config.database_url_env) or f"sqlite:///{home / 'mutoscope.db'}"
+    storage = config.storage.directory or home / "storage"
+    pepper = read_or_create_secret(home / "pepper", secrets.token_hex(32))
+    return Settings(home, url, storage, pepper.encode())
+
+
+def home_folder() -> Path:
+    """MUTOSCOPE_HOME, by default ~/.mutoscope."""
+    return Path(os.environ.get("MUTOSCOPE_HOME") or Path.home() / ".mutoscope").absolute()
+
+
+def read_or_create_secret(path: Path, fresh: str) -> str:
+    """The file's content; if there is none, write `fresh` into it, readable by its owner alone."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(fresh)
+    try:
+        os.link(partial, path)  # whole or not at all, and never over an older one
+    except FileExistsError:
+        return path.read_text().strip()
+    finally:
+        partial.unlink()
+    return fresh

@@ -1,0 +1,134 @@
+"""One table from exception to HTTP answer; the class decides, its nearest ancestor if need be."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from credits.accounts import Unauthenticated
+from credits.ledger import AlreadySettled, InsufficientCredits
+from credits.plans import PlanForbids, TooManyJobs
+from jobs.store import JobNotFound, LeaseLost
+from media.encode import MediaEncodingFailed
+from media.object_store import ObjectNotFound
+from models.catalog import ModelNotFound, WeightsDamaged, WeightsMissing
+from models.request import InvalidRequest
+from models.stages import FamilyNotBuilt
+
+
+class InputTooLarge(Exception):
+    """The body is longer than any request needs to be."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(max_bytes)
+        self.max_bytes = max_bytes
+
+    def __str__(self) -> str:
+        return f"the request body is limited to {self.max_bytes} bytes"
+
+
+class VideoNotReady(Exception):
+    """The video has no content: it is not finished, or never will be."""
+
+    def __init__(self, job_id: str, state: str) -> None:
+        super().__init__(job_id, state)
+        self.job_id, self.state = job_id, state
+
+    def __str__(self) -> str:
+        return f"video {self.job_id} has no content: it is {self.state}"
+
+
+class ForeignPackage(Exception):
+    """A package of another project shadows one of ours."""
+
+    def __init__(self, package: str, found: str, expected: str) -> None:
+        super().__init__(package, found, expected)
+        self.package, self.found, self.expected = package, found, expected
+
+    def __str__(self) -> str:
+        return (
+            f"the package {self.package!r} was imported from {self.found}, not from "
+            f"{self.expected}: start Ray with PYTHONPATH set to the project's folder"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How an exception looks from outside."""
+
+    status: int
+    type: str
+    code: str
+
+
+INTERNAL = Answer(500, "server_error", "internal")
+STAGE_FAILED = Answer(500, "server_error", "stage_failed")
+
+ANSWERS: dict[type[Exception], Answer] = {
+    InvalidRequest: Answer(400, "invalid_request_error", "invalid_request"),
+    Unauthenticated: Answer(401, "authentication_error", "unauthenticated"),
+    InsufficientCredits: Answer(402, "billing_error", "insufficient_credits"),
+    PlanForbids: Answer(403, "permission_error", "plan_forbids"),
+    ModelNotFound: Answer(404, "invalid_request_error", "model_not_found"),
+    JobNotFound: Answer(404, "invalid_request_error", "not_found"),
+    ObjectNotFound: Answer(404, "invalid_request_error", "not_found"),
+    VideoNotReady: Answer(409, "invalid_request_error", "not_ready"),
+    InputTooLarge: Answer(413, "invalid_request_error", "too_large"),
+    TooManyJobs: Answer(429, "rate_limit_error", "too_many_jobs"),
+    AlreadySettled: INTERNAL,
+    LeaseLost: INTERNAL,
+    ForeignPackage: INTERNAL,
+    FamilyNotBuilt: STAGE_FAILED,
+    MediaEncodingFailed: STAGE_FAILED,
+    WeightsDamaged: STAGE_FAILED,
+    WeightsMissing: STAGE_FAILED,
+}
+
+
+def answer_for(error: BaseException) -> Answer:
+    """The table's entry for the nearest class in the exception's MRO.
+
+    Exceptions that crossed a Ray actor carry their own class among their bases.
+    """
+    for ancestor in type(error).__mro__:
+        if ancestor in ANSWERS:
+            return ANSWERS[ancestor]
+    return INTERNAL
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every exception with the OpenAI error envelope."""
+    for error in ANSWERS:
+        app.add_exception_handler(error, _answer)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(Exception, _answer)
+
+
+async def _answer(_request: Request, error: Exception) -> JSONResponse:
+    answer = answer_for(error)
+    details: dict[str, Any] = {}
+    headers: dict[str, str] = {}
+    match error:
+        case InsufficientCredits():
+            details = {"needed": error.needed, "available": error.available}
+        case TooManyJobs():
+            headers["Retry-After"] = "5"
+        case VideoNotReady():
+            headers["x-should-retry"] = "false"
+    param = getattr(error, "param", "model" if isinstance(error, ModelNotFound) else None)
+    message = str(error) if answer is not INTERNAL else "An internal error occurred."
+    return JSONResponse(envelope(answer, message, param, **details), answer.status, headers)
+
+
+async def _answer_http(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    answer = Answer(error.status_code, "invalid_request_error", "http_error")
+    return JSONResponse(envelope(answer, str(error.detail), None), error.status_code, error.headers)
+
+
+def envelope(answer: Answer, message: str, param: str | None, **details: Any) -> dict[str, Any]:
+    """`{"error": {message, type, param, code}}`, with what else the error tells."""
+    error = {"message": message, "type": answer.type, "param": param, "code": answer.code}
+    return {"error": {**error, **details}}

@@ -1,0 +1,73 @@
+"""The HTTP door: authenticates, admits, shows; any replica answers any request."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from credits.plans import PlanTable
+from credits.pricing import PriceTable, WorkWeights
+from deployments.admission import Admission, Offer
+from deployments.config import LimitsConfig
+from deployments.database import open_database
+from deployments.errors import ANSWERS, envelope, install_error_handlers
+from deployments.video_routes import VideoRoutes, Waker
+from media.object_store import LocalObjectStore
+from models.request import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class IngressParts:
+    """All that an ingress replica is made of; plain values, so that it can be pickled."""
+
+    database_url: str
+    pepper: bytes
+    store: LocalObjectStore
+    offers: dict[str, Offer]
+    prices: PriceTable
+    plans: PlanTable
+    weights: WorkWeights
+    limits: LimitsConfig
+
+
+@serve.deployment
+@serve.ingress()
+class Ingress:
+    """Builds its app late, inside the replica: an app made at import would be pickled, and the
+    replica would work on a copy of its state.
+    """
+
+    def __init__(self, parts: IngressParts, pipeline: DeploymentHandle) -> None:
+        self.parts = parts
+        self.pipeline = pipeline
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self.parts, lambda: self.pipeline.wake.remote())
+
+
+def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
+    """The ASGI application; needs no Ray."""
+    engine = open_database(parts.database_url)
+    admission = Admission(engine, parts.store, parts.offers, parts.prices, parts.plans)
+    routes = VideoRoutes(
+        engine, admission, parts.store, parts.pepper, parts.limits, parts.weights, wake
+    )
+    app = FastAPI(title="Mutoscope", version="0.1.0")
+    install_error_handlers(app)
+    app.add_exception_handler(RequestValidationError, _answer_validation)
+    app.include_router(routes.router())
+    app.add_api_route("/healthz", lambda: {"status": "ok"}, methods=["GET"])
+    return app
+
+
+async def _answer_validation(_request: Any, error: Exception) -> JSONResponse:
+    """FastAPI's own checks of query parameters and headers answer like ours."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = str(first["loc"][-1])
+    answer = ANSWERS[InvalidRequest]
+    return JSONResponse(envelope(answer, f"{param}: {first['msg']}", param), answer.status)

@@ -1,0 +1,156 @@
+"""`python -m deployments.launch`: a Ray cluster on this machine that serves serve_config.yaml.
+
+It owns what it starts: SIGINT and SIGTERM end every process of the cluster and nothing else.
+"""
+
+import argparse
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import yaml
+
+from deployments.config import home_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+READY_TIMEOUT_S = 300.0
+GRACE_S = 3.0
+
+
+class Stopped(SystemExit):
+    """SIGINT or SIGTERM came."""
+
+
+class DeployFailed(Exception):
+    """Serve gave the application up; the message is Serve's."""
+
+
+def main() -> None:
+    """Start, print where it listens, serve until a signal comes, stop everything."""
+    parser = argparse.ArgumentParser(prog="python -m deployments.launch", description=__doc__)
+    parser.add_argument("--config", type=Path, default=ROOT / "serve_config.yaml")
+    parser.add_argument("--port", type=int, help="listen here instead of the config's port")
+    arguments = parser.parse_args()
+    config = yaml.safe_load(arguments.config.read_text())
+    if arguments.port is not None:
+        config["http_options"]["port"] = arguments.port
+    host, port = config["http_options"]["host"], config["http_options"]["port"]
+    if not port_is_free(host, port):
+        sys.exit(f"{host}:{port} is in use; choose another with PORT=")
+    # Explicitly, since a shell starts background jobs with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        start_cluster(config)
+        url = f"http://{host}:{port}"
+        home = home_folder()
+        (home / "url").write_text(url)
+        print(f"Mutoscope is ready at {url}", flush=True)
+        print(f"API key: {(home / 'api_key').read_text()}  ({home / 'api_key'})", flush=True)
+        while True:
+            signal.pause()
+    except DeployFailed as failure:
+        sys.exit(f"the deployment failed:\n{failure}")
+    finally:
+        stop_cluster()
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether a server could listen there now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def start_cluster(config: dict[str, object]) -> None:
+    """Start Ray on loopback and deploy; returns when the application runs, else DeployFailed.
+
+    config is the whole of serve_config.yaml. The environment set here is what the cluster's
+    processes get: our packages on their path, and a token without which nobody can join it.
+    """
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part
+    )
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.25")
+    import ray
+    from ray.serve._private.api import serve_start
+    from ray.serve.schema import ServeDeploySchema
+
+    schema = ServeDeploySchema.model_validate(config)
+    ray.init(
+        address="local",
+        num_cpus=max(2, os.cpu_count() or 1),
+        include_dashboard=False,
+        object_store_memory=512 << 20,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _node_ip_address="127.0.0.1",
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):  # ray.init puts its own in their place
+        signal.signal(number, _stop)
+    # What `serve run` and `serve deploy` do with a config file; Serve has no public call for it.
+    client = serve_start(
+        http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location
+    )
+    client.deploy_apps(schema)
+    _wait_until_running([application.name for application in schema.applications])
+
+
+def _wait_until_running(names: list[str]) -> None:
+    from ray import serve
+
+    deadline_s = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        applications = serve.status().applications
+        states = {name: applications[name] for name in names if name in applications}
+        for application in states.values():
+            if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                details = [application.message] + [
+                    deployment.message
+                    for deployment in application.deployments.values()
+                    if deployment.message
+                ]
+                raise DeployFailed("\n".join(details))
+        if len(states) == len(names) and all(s.status == "RUNNING" for s in states.values()):
+            return
+        time.sleep(0.2)
+    raise DeployFailed(f"not running after {READY_TIMEOUT_S:.0f} s")
+
+
+def stop_cluster() -> None:
+    """End every process that this one started, by pid.
+
+    The database holds all that matters, so nothing is drained: jobs that run go on at the next
+    start, when their leases have run out.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    started = psutil.Process().children(recursive=True)
+    import ray
+
+    ray.shutdown()
+    _, alive = psutil.wait_procs(started, timeout=GRACE_S)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=GRACE_S)
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    raise Stopped(0)
+
+
+if __name__ == "__main__":
+    main()

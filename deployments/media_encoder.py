@@ -1,0 +1,62 @@
+"""The stage that pulls frames from the decoder, writes the MP4 and publishes it."""
+
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deployments.messages import Denoised, Encoding, Published
+from media.encode import Mp4Encoder
+from media.object_store import ObjectStore
+from models.request import VideoRequest
+
+
+@serve.deployment
+class MediaEncoder:
+    """Encodes while chunks of frames arrive: they go from decoder to encoder, past the pipeline."""
+
+    def __init__(
+        self, store: ObjectStore, scratch: Path, decoders: dict[str, DeploymentHandle]
+    ) -> None:
+        self.store = store
+        self.scratch = scratch
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self.decoders = {
+            tier: handle.options(method_name="decode", stream=True)
+            for tier, handle in decoders.items()
+        }
+
+    async def encode_media(
+        self, job_id: str, tier: str, request: VideoRequest, denoised: Denoised
+    ) -> AsyncIterator[Encoding | Published]:
+        """Yield the frames written so far, and last where the finished video is.
+
+        Only the reference in `denoised` passes through here; the decoder reads the latents.
+        """
+        key = f"videos/{job_id}.mp4"
+        decode_s = media_s = 0.0
+        frame = 0
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            path = Path(folder) / "video.mp4"
+            size = {"width": request.width, "height": request.height}
+            with Mp4Encoder(path, **size, fps=request.fps, threads=1) as encoder:
+                chunks = self.decoders[tier].remote(request, denoised.latents)
+                waiting_s = time.monotonic()
+                async for frames in chunks:
+                    arrived_s = time.monotonic()
+                    decode_s += arrived_s - waiting_s
+                    await asyncio.to_thread(encoder.write, frames)
+                    frame += len(frames.pixels)
+                    yield Encoding(frame, request.num_frames)
+                    waiting_s = time.monotonic()
+                    media_s += waiting_s - arrived_s
+                started_s = time.monotonic()
+                decode_s += started_s - waiting_s
+                await asyncio.to_thread(encoder.finish)
+            stored = await asyncio.to_thread(self.store.put, key, path)
+            media_s += time.monotonic() - started_s
+        yield Published(key, stored.size_bytes, decode_s, media_s)

@@ -1,0 +1,298 @@
+"""The stage that leases jobs and drives each through the other four, then settles it."""
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray import serve
+from ray.exceptions import ObjectLostError, RayActorError, WorkerCrashedError
+from ray.serve.handle import DeploymentHandle
+
+from credits.pricing import WorkWeights
+from deployments.config import LeaseConfig, TierConfig
+from deployments.database import open_database, reader
+from deployments.errors import answer_for
+from deployments.messages import Denoised, Encoded, Encoding, Published
+from deployments.settlement import Ending, WorkDone, cancellation, settle
+from jobs.job import Job, JobId, JobState, Phase, Progress
+from jobs.store import (
+    LeaseLost,
+    cancelled_of,
+    extend_leases,
+    lease,
+    mark_purged,
+    purgeable,
+    record,
+)
+from media.object_store import ObjectStore
+from models.request import VideoRequest
+
+logger = logging.getLogger("ray.serve")
+
+WORKER_LOST = (RayActorError, ObjectLostError, WorkerCrashedError)
+
+
+@serve.deployment
+class VideoPipeline:
+    """Each replica leases as many jobs of each tier as that tier may have at once.
+
+    The database holds all that matters: a replica that dies loses its leases, and another one,
+    or its successor, runs those jobs again.
+    """
+
+    async def __init__(
+        self,
+        database_url: str,
+        store: ObjectStore,
+        text_encoder: DeploymentHandle,
+        denoisers: dict[str, DeploymentHandle],
+        media_encoder: DeploymentHandle,
+        tiers: list[TierConfig],
+        leases: LeaseConfig,
+        weights: WorkWeights,
+    ) -> None:
+        self.engine = open_database(database_url)
+        self.store = store
+        self.text_encoder = text_encoder
+        self.denoisers = {
+            tier: handle.options(method_name="denoise", stream=True)
+            for tier, handle in denoisers.items()
+        }
+        self.media_encoder = media_encoder.options(method_name="encode_media", stream=True)
+        self.tiers = tiers
+        self.leases = leases
+        self.weights = weights
+        self.owner = uuid.uuid4().hex
+        self.running: dict[JobId, asyncio.Task[None]] = {}
+        self.tier_of: dict[JobId, str] = {}
+        self.cancelled: set[JobId] = set()
+        self.wanted = asyncio.Event()
+        self.loops = [
+            asyncio.create_task(loop)
+            for loop in (self._lease_jobs(), self._extend_leases(), self._watch_cancellations())
+        ]
+
+    def wake(self) -> None:
+        """A job was queued or a video deleted: look now instead of at the next poll."""
+        self.wanted.set()
+
+    def check_health(self) -> None:
+        """Fail, and so be replaced, if one of the loops has ended."""
+        for loop in self.loops:
+            if loop.done():
+                loop.result()
+                raise RuntimeError(f"{loop} has ended")
+
+    async def _lease_jobs(self) -> None:
+        while True:
+            self.wanted.clear()
+            for job in await asyncio.to_thread(self._lease_free_slots):
+                self.tier_of[job.id] = job.tier
+                self.running[job.id] = asyncio.create_task(self._run(job))
+            await asyncio.to_thread(self._purge)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.wanted.wait(), timeout=10 * self.leases.poll_s)
+
+    def _lease_free_slots(self) -> list[Job]:
+        leased: list[Job] = []
+        taken = list(self.tier_of.values())
+        for tier in self.tiers:
+            for _ in range(tier.jobs_at_once - taken.count(tier.tier)):
+                with self.engine.begin() as connection:
+                    job = lease(connection, self.owner, [tier.tier], self._lease_ms())
+                if job is None:
+                    break
+                leased.append(job)
+        return leased
+
+    async def _extend_leases(self) -> None:
+        while True:
+            await asyncio.sleep(self.leases.lease_s / 4)
+            if self.running:
+                held = await asyncio.to_thread(self._extend)
+                for job_id in self.running.keys() - held:
+                    self.running[job_id].cancel()
+
+    def _extend(self) -> set[JobId]:
+        with self.engine.begin() as connection:
+            return set(extend_leases(connection, self.owner, self._lease_ms()))
+
+    async def _watch_cancellations(self) -> None:
+        while True:
+            await asyncio.sleep(self.leases.poll_s)
+            if self.running:
+                for job_id in await asyncio.to_thread(self._read_cancellations):
+                    if job_id in self.running and job_id not in self.cancelled:
+                        self.cancelled.add(job_id)
+                        self.running[job_id].cancel()
+
+    def _read_cancellations(self) -> list[JobId]:
+        with reader(self.engine).begin() as connection:
+            return cancelled_of(connection, self.owner)
+
+    def _purge(self) -> None:
+        """Delete the files of deleted videos; a kill between the two only repeats it."""
+        with reader(self.engine).begin() as connection:
+            jobs = purgeable(connection)
+        for job in jobs:
+            assert job.video_key is not None
+            self.store.delete(job.video_key)
+            with self.engine.begin() as connection:
+                mark_purged(connection, job.id)
+
+    def _lease_ms(self) -> int:
+        return int(self.leases.lease_s * 1000)
+
+    async def _run(self, job: Job) -> None:
+        """Run one job to its end and settle it; a lost lease leaves it to its new holder."""
+        done = WorkDone()
+        try:
+            ending = await self._run_to_ending(job, done)
+            await asyncio.to_thread(self._settle, job, done, ending)
+        except LeaseLost:
+            logger.warning("job %s: the lease is lost", job.id)
+        finally:
+            del self.running[job.id], self.tier_of[job.id]
+            self.cancelled.discard(job.id)
+            self.wanted.set()
+
+    def _settle(self, job: Job, done: WorkDone, ending: Ending) -> None:
+        settle(
+            self.engine,
+            self.store,
+            self.weights,
+            job,
+            lease_owner=self.owner,
+            done=done,
+            ending=ending,
+        )
+
+    async def _run_to_ending(self, job: Job, done: WorkDone) -> Ending:
+        """Start the stages over while workers are lost; any other fault ends the job."""
+        for attempt in range(job.attempt, self.leases.max_attempts + 1):
+            try:
+                return await self._run_stages(job, done)
+            except asyncio.CancelledError:
+                if job.id in self.cancelled:
+                    return cancellation()
+                raise LeaseLost(job.id) from None
+            except LeaseLost:
+                raise
+            except WORKER_LOST as error:
+                logger.warning("job %s, attempt %d: worker lost: %s", job.id, attempt, error)
+            except Exception as error:
+                logger.exception("job %s failed", job.id)
+                return _failure(answer_for(error).code)
+        return _failure("worker_lost")
+
+    async def _run_stages(self, job: Job, done: WorkDone) -> Ending:
+        request = VideoRequest.model_validate(job.request)
+        clock = StageClock()
+        await self._record(job, Phase.TEXT, done)
+        encoded: Encoded = await self.text_encoder.encode_text.remote(request)
+        done.reach(text=1)
+        clock.lap("text")
+
+        await self._record(job, Phase.DENOISE, done, num_steps=request.num_steps)
+        denoised: Denoised | None = None
+        steps = self.denoisers[job.tier].remote(request, encoded.conditioning)
+        async with _cancelled_on_exit(steps):
+            async for denoised in steps:
+                done.reach(denoise=denoised.step)
+                await self._record(
+                    job,
+                    Phase.DENOISE,
+                    done,
+                    step=denoised.step,
+                    num_steps=denoised.num_steps,
+                )
+        clock.lap("denoise")
+
+        published = await self._publish(job, request, denoised, done)
+        clock.seconds |= {"decode": published.decode_s, "media": published.media_s}
+        warnings = []
+        if encoded.num_tokens > encoded.max_tokens:
+            warnings.append(
+                f"the prompt has {encoded.num_tokens} tokens; "
+                f"only the first {encoded.max_tokens} were used"
+            )
+        return Ending(
+            JobState.SUCCEEDED,
+            "the work done is charged",
+            charge_work=True,
+            video_key=published.key,
+            result={
+                "size_bytes": published.size_bytes,
+                "stage_seconds": {name: round(s, 3) for name, s in clock.seconds.items()},
+                "warnings": warnings,
+            },
+        )
+
+    async def _publish(
+        self, job: Job, request: VideoRequest, denoised: Denoised | None, done: WorkDone
+    ) -> Published:
+        """Decode, encode and store, while the frames stream past this process."""
+        moments = self.media_encoder.remote(job.id, job.tier, request, denoised)
+        async with _cancelled_on_exit(moments):
+            moment: Encoding | Published
+            async for moment in moments:
+                if isinstance(moment, Published):
+                    done.reach(media=1)
+                    return moment
+                done.reach(decode=moment.frame)
+                await self._record(
+                    job, Phase.DECODE, done, frame=moment.frame, num_frames=moment.num_frames
+                )
+        raise RuntimeError("the media encoder ended without publishing")
+
+    async def _record(self, job: Job, phase: Phase, done: WorkDone, **counts: int) -> None:
+        request = VideoRequest.model_validate(job.request)
+        weights = self.weights
+        percentage = (
+            weights.text * done.text
+            + weights.denoise * done.denoise // request.num_steps
+            + weights.decode * done.decode // request.num_frames
+        )
+        progress = Progress(phase, min(percentage, 99), **counts)
+        await asyncio.to_thread(self._record_now, job.id, progress)
+
+    def _record_now(self, job_id: JobId, progress: Progress) -> None:
+        with self.engine.begin() as connection:
+            record(connection, job_id, self.owner, progress)
+
+
+class StageClock:
+    """Seconds since the last lap, by the stage that they went to."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last_s = time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        """Give the time since the last lap to this stage."""
+        now_s = time.monotonic()
+        self.seconds[stage] = now_s - self.last_s
+        self.last_s = now_s
+
+
+@contextlib.asynccontextmanager
+async def _cancelled_on_exit(stream: Any) -> AsyncIterator[None]:
+    """Stop a stage's stream when its consumer leaves; a stream that has ended ignores it."""
+    try:
+        yield
+    finally:
+        stream.cancel()
+
+
+def _failure(code: str) -> Ending:
+    return Ending(
+        JobState.FAILED,
+        "failed by our fault: all is refunded",
+        charge_work=False,
+        error_code=code,
+        error_message="The video could not be made; the credits are refunded.",
+    )

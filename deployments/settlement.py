@@ -1,0 +1,90 @@
+"""Ends a job: its state, its charge and its last event change in one transaction."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from sqlalchemy import Engine
+
+from credits.ledger import ReservationId
+from credits.ledger import settle as settle_reservation
+from credits.pricing import Credits, Passes, WorkWeights, charge, share_done
+from jobs.job import Job, JobState, Outcome
+from jobs.store import finish
+from media.object_store import ObjectStore
+from models.request import VideoRequest
+
+
+@dataclass(slots=True)
+class WorkDone:
+    """How far each stage of a job ever came; a pass run again after a fault counts once."""
+
+    text: int = 0
+    denoise: int = 0
+    decode: int = 0
+    media: int = 0
+
+    def reach(self, **passes: int) -> None:
+        """Note that a stage came this far."""
+        for stage, count in passes.items():
+            setattr(self, stage, max(getattr(self, stage), count))
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a job ends. charge_work is False where the fault is ours: then all is refunded."""
+
+    state: JobState
+    reason: str
+    charge_work: bool
+    video_key: str | None = None
+    result: dict[str, Any] | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+
+
+def settle(
+    engine: Engine,
+    store: ObjectStore,
+    weights: WorkWeights,
+    job: Job,
+    *,
+    lease_owner: str | None,
+    done: WorkDone,
+    ending: Ending,
+) -> Outcome:
+    """Charge the work done, refund the rest, end the job; LeaseLost changes nothing."""
+    request = VideoRequest.model_validate(job.request)
+    planned = Passes(text=1, denoise=request.num_steps, decode=request.num_frames, media=1)
+    reached = Passes(done.text, done.denoise, done.decode, done.media)
+    charged = Credits(0)
+    if ending.charge_work:
+        share = share_done(weights, planned, reached)
+        charged = charge(Fraction(job.quote_exact), Credits(job.quoted), share)
+    with engine.begin() as connection:
+        refunded = settle_reservation(connection, ReservationId(job.reservation_id), charged)
+        outcome = Outcome(
+            state=ending.state,
+            charged=charged,
+            refunded=refunded,
+            reason=ending.reason,
+            video_key=ending.video_key,
+            result=ending.result,
+            error_code=ending.error_code,
+            error_message=ending.error_message,
+        )
+        finish(connection, job.id, lease_owner=lease_owner, outcome=outcome)
+    if request.start_image is not None:
+        store.delete(request.start_image)
+    return outcome
+
+
+def cancellation() -> Ending:
+    """The owner asked for the end; the work that was done is charged."""
+    return Ending(
+        JobState.CANCELLED,
+        "cancelled: the work done is charged, the rest refunded",
+        charge_work=True,
+        error_code="cancelled",
+        error_message="The video was cancelled.",
+    )

@@ -1,0 +1,40 @@
+"""The stage that turns words and start image into Conditioning."""
+
+import asyncio
+
+import ray
+from ray import serve
+
+from deployments.messages import Encoded
+from media.object_store import ObjectStore
+from models.catalog import Model
+from models.request import VideoRequest
+
+
+@serve.deployment
+class TextEncoder:
+    """Holds the text encoder, and the VAE's encoder for start images, of every model."""
+
+    def __init__(self, models: list[Model], store: ObjectStore, torch_threads: int | None) -> None:
+        import torch
+
+        from models.stages import load_encoder
+
+        if torch_threads is not None:
+            torch.set_num_threads(torch_threads)
+        self.models = {model.id: model for model in models}
+        self.encoders = {model.id: load_encoder(model) for model in models}
+        self.store = store
+
+    async def encode_text(self, request: VideoRequest) -> Encoded:
+        """A reference to the request's Conditioning."""
+        return await asyncio.to_thread(self._encode, request)
+
+    def _encode(self, request: VideoRequest) -> Encoded:
+        image = None if request.start_image is None else self.store.get(request.start_image)
+        conditioning = self.encoders[request.model].encode(request, image)
+        return Encoded(
+            ray.put(conditioning),
+            conditioning.num_tokens,
+            self.models[request.model].manifest.max_text_tokens,
+        )

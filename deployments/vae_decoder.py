@@ -1,0 +1,39 @@
+"""The stage that turns latents into frames, streamed in temporal order."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import numpy as np
+from numpy.typing import NDArray
+from ray import serve
+
+from models.catalog import Model
+from models.request import VideoRequest
+from models.tensors import Frames
+
+
+@serve.deployment
+class VaeDecoder:
+    """Holds the VAE decoders of a tier's models; decodes one request at a time."""
+
+    def __init__(self, models: list[Model], torch_threads: int | None) -> None:
+        import torch
+
+        from models.stages import load_decoder
+
+        if torch_threads is not None:
+            torch.set_num_threads(torch_threads)
+        self.decoders = {model.id: load_decoder(model) for model in models}
+        self.turn = asyncio.Lock()
+
+    async def decode(
+        self, request: VideoRequest, latents: NDArray[np.float32]
+    ) -> AsyncIterator[Frames]:
+        """Yield runs of frames as soon as they exist.
+
+        The caller hands over a reference to the latents, which Serve resolves here.
+        """
+        async with self.turn:
+            chunks = self.decoders[request.model].decode(request, latents)
+            while (frames := await asyncio.to_thread(next, chunks, None)) is not None:
+                yield frames

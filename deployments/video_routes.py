@@ -1,0 +1,254 @@
+"""The routes that make, show, stream and delete videos, and those that price them."""
+
+from typing import Annotated, Any, Protocol
+
+from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
+from sqlalchemy import Engine
+from starlette.concurrency import run_in_threadpool
+
+from credits.accounts import Account, Unauthenticated, account_of_key, hash_api_key
+from credits.ledger import AlreadySettled
+from credits.pricing import WorkWeights
+from deployments.admission import Admission
+from deployments.config import LimitsConfig
+from deployments.database import reader
+from deployments.errors import VideoNotReady
+from deployments.progress import stream_events
+from deployments.request_body import CreateBody, read_create_body
+from deployments.settlement import WorkDone, cancellation, settle
+from deployments.wire import credits_json, model_json, quote_json, video_json
+from jobs.job import FINAL_STATES, Job, JobState
+from jobs.store import LeaseLost, get_job, list_jobs, mark_deleted, request_cancel
+from media.object_store import LocalObjectStore
+from models.request import InvalidRequest
+
+POLL_AFTER_MS = "500"
+CREATE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            kind: {
+                "schema": {
+                    "type": "object",
+                    "required": ["prompt"],
+                    "properties": {
+                        "prompt": {"type": "string"},
+                        "model": {"type": "string"},
+                        "seconds": {"type": "string"},
+                        "size": {"type": "string", "example": "64x64"},
+                        "num_frames": {"type": "integer"},
+                        "fps": {"type": "integer"},
+                        "f_patch_size": {"type": "integer"},
+                        "num_steps": {"type": "integer"},
+                        "guidance_scale": {"type": "number"},
+                        "negative_prompt": {"type": "string"},
+                        "seed": {"type": "integer"},
+                        "input_reference": {"type": "string", "format": "binary"},
+                    },
+                }
+            }
+            for kind in ("multipart/form-data", "application/json")
+        },
+    }
+}
+
+
+class Waker(Protocol):
+    """Tells the pipeline that there is something to do; losing the call only delays it."""
+
+    def __call__(self) -> None: ...
+
+
+class VideoRoutes:
+    """Handlers over shared tables: nothing about a job is kept in this process."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        admission: Admission,
+        store: LocalObjectStore,
+        pepper: bytes,
+        limits: LimitsConfig,
+        weights: WorkWeights,
+        wake: Waker,
+    ) -> None:
+        self.engine = engine
+        self.admission = admission
+        self.store = store
+        self.pepper = pepper
+        self.limits = limits
+        self.weights = weights
+        self.wake = wake
+
+    def router(self) -> APIRouter:
+        """All routes; each needs an API key."""
+        router = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))])
+        add = router.add_api_route
+        create = {"openapi_extra": CREATE_BODY}
+        add("/v1/videos", self.create_video, methods=["POST"], **create)
+        add("/v1/videos", self.list_videos, methods=["GET"])
+        add("/v1/videos/{video_id}", self.get_video, methods=["GET"])
+        add("/v1/videos/{video_id}", self.delete_video, methods=["DELETE"])
+        add("/v1/videos/{video_id}/content", self.get_content, methods=["GET", "HEAD"])
+        add("/v1/videos/{video_id}/events", self.get_events, methods=["GET"])
+        add("/v1/models", self.list_models, methods=["GET"])
+        add("/v1/credits", self.get_credits, methods=["GET"])
+        add("/api/v1/video/estimate", self.estimate, methods=["POST"], **create)
+        add("/api/v1/video/generate", self.generate, methods=["POST"], **create)
+        return router
+
+    def authenticate(self, request: Request) -> Account:
+        """The account of the bearer key; Unauthenticated comes before any other fault."""
+        scheme, _, api_key = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not api_key:
+            raise Unauthenticated
+        with reader(self.engine).begin() as connection:
+            return account_of_key(connection, hash_api_key(api_key.strip(), self.pepper))
+
+    async def create_video(self, request: Request) -> JSONResponse:
+        """Queue a video; the answer is the Videos API's Video."""
+        job = await self._admit(request)
+        return JSONResponse(self._video(job), headers={"openai-poll-after-ms": POLL_AFTER_MS})
+
+    async def generate(self, request: Request) -> JSONResponse:
+        """Queue a video; the answer, 202, is its job and its price."""
+        job = await self._admit(request)
+        content = {
+            "job_id": job.id,
+            "status": "queued",
+            "quoted": job.quoted,
+            "reservation_id": job.reservation_id,
+            "video": self._video(job),
+        }
+        return JSONResponse(content, 202)
+
+    async def estimate(self, request: Request) -> dict[str, Any]:
+        """The price of a request that is not made."""
+        await run_in_threadpool(self.authenticate, request)
+        body = await read_create_body(request, self.limits)
+        model = self.admission.offer(body.model).model
+        body = CreateBody(body.model, {"prompt": "-", **body.fields}, body.start_image)
+        resolved = body.resolve(model, self.limits)
+        return quote_json(resolved, model, self.admission.quote(resolved))
+
+    def list_videos(
+        self,
+        request: Request,
+        after: str | None = None,
+        limit: Annotated[str, Query(pattern=r"^\d{1,3}$")] = "20",
+        order: str = "desc",
+    ) -> dict[str, Any]:
+        """A page of the account's videos, the newest first unless order is asc."""
+        account = self.authenticate(request)
+        if not limit.isdecimal() or not 1 <= int(limit) <= 100:
+            raise InvalidRequest("limit", "limit must be 1 to 100")
+        if order not in ("asc", "desc"):
+            raise InvalidRequest("order", "order must be asc or desc")
+        with reader(self.engine).begin() as connection:
+            page = list_jobs(
+                connection,
+                account.id,
+                after=after,
+                limit=int(limit) + 1,
+                ascending=order == "asc",
+            )
+        data = [self._video(job) for job in page[: int(limit)]]
+        return {
+            "object": "list",
+            "data": data,
+            "first_id": data[0]["id"] if data else None,
+            "last_id": data[-1]["id"] if data else None,
+            "has_more": len(page) > int(limit),
+        }
+
+    def get_video(self, request: Request, video_id: str) -> JSONResponse:
+        """A video as it stands."""
+        job = self._find(request, video_id)
+        headers = {} if job.state in FINAL_STATES else {"openai-poll-after-ms": POLL_AFTER_MS}
+        return JSONResponse(self._video(job), headers=headers)
+
+    def delete_video(self, request: Request, video_id: str) -> dict[str, Any]:
+        """Delete a finished video, or cancel one that is not.
+
+        A cancelled video stays, as the receipt of what was charged, until it is deleted again.
+        """
+        job = self._find(request, video_id)
+        if job.state is JobState.QUEUED:
+            try:
+                settle(
+                    self.engine,
+                    self.store,
+                    self.weights,
+                    job,
+                    lease_owner=None,
+                    done=WorkDone(),
+                    ending=cancellation(),
+                )
+            except (LeaseLost, AlreadySettled):  # leased or ended meanwhile: go on as it now stands
+                job = self._find(request, video_id)
+        with self.engine.begin() as connection:
+            if job.state is JobState.RUNNING:
+                request_cancel(connection, job.id)
+            elif job.state in FINAL_STATES:
+                mark_deleted(connection, job.id)
+        self.wake()
+        return {"id": job.id, "object": "video.deleted", "deleted": True}
+
+    def get_content(self, request: Request, video_id: str, variant: str = "video") -> Response:
+        """The MP4, or the range of it that is asked for."""
+        job = self._find(request, video_id)
+        if variant != "video":
+            raise InvalidRequest("variant", "variant must be video")
+        if job.video_key is None:
+            raise VideoNotReady(job.id, job.state)
+        self.store.head(job.video_key)
+        return FileResponse(
+            self.store.path(job.video_key), media_type="video/mp4", filename=f"{job.id}.mp4"
+        )
+
+    def get_events(
+        self,
+        request: Request,
+        video_id: str,
+        last_event_id: Annotated[str | None, Header()] = None,
+    ) -> StreamingResponse:
+        """The video's events from behind Last-Event-ID to the final one, live."""
+        job = self._find(request, video_id)
+        seq = last_event_id or "0"
+        if not seq.isdecimal() or len(seq) > 9:
+            raise InvalidRequest("Last-Event-ID", "Last-Event-ID must be a sequence number")
+        return StreamingResponse(
+            stream_events(self.engine, job, int(seq), self._video),
+            media_type="text/event-stream",
+            headers={"cache-control": "no-cache"},
+        )
+
+    def list_models(self, request: Request) -> dict[str, Any]:
+        """The deployed models."""
+        self.authenticate(request)
+        models = [model_json(offer.model) for offer in self.admission.offers.values()]
+        return {"object": "list", "data": models}
+
+    def get_credits(self, request: Request) -> dict[str, Any]:
+        """What the account has, holds in reservations and has spent."""
+        return credits_json(self.authenticate(request))
+
+    async def _admit(self, request: Request) -> Job:
+        account = await run_in_threadpool(self.authenticate, request)
+        body = await read_create_body(request, self.limits)
+        model = self.admission.offer(body.model).model
+        resolved = await run_in_threadpool(body.resolve, model, self.limits)
+        job = await run_in_threadpool(self.admission.admit, account, resolved, body.start_image)
+        self.wake()
+        return job
+
+    def _find(self, request: Request, video_id: str) -> Job:
+        account = self.authenticate(request)
+        with reader(self.engine).begin() as connection:
+            return get_job(connection, video_id, account.id)
+
+    def _video(self, job: Job) -> dict[str, Any]:
+        offer = self.admission.offers.get(job.model)
+        return video_json(job, None if offer is None else offer.model)

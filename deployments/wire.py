@@ -1,0 +1,129 @@
+"""Our nouns as the JSON of the HTTP API."""
+
+from typing import Any
+
+from credits.accounts import Account
+from credits.pricing import Quote
+from jobs.job import Job, JobEvent, JobState
+from models.catalog import Model
+from models.request import VideoRequest
+
+STATUSES = {
+    JobState.QUEUED: "queued",
+    JobState.RUNNING: "in_progress",
+    JobState.SUCCEEDED: "completed",
+    JobState.FAILED: "failed",
+    JobState.CANCELLED: "failed",
+}
+
+
+def video_json(job: Job, model: Model | None) -> dict[str, Any]:
+    """The Video object of the Videos API, with what else we know of the job.
+
+    A cancelled job has status "failed" and error.code "cancelled": the API has four statuses.
+    model None (deployed no more) leaves out what is generated before trimming.
+    """
+    request = VideoRequest.model_validate(job.request)
+    result = job.result or {}
+    error = None
+    if job.error_code is not None:
+        error = {"code": job.error_code, "message": job.error_message}
+    video = {
+        "id": job.id,
+        "object": "video",
+        "model": job.model,
+        "status": STATUSES[job.state],
+        "progress": job.percentage,
+        "created_at": job.created_at_ms // 1000,
+        "completed_at": None if job.finished_at_ms is None else job.finished_at_ms // 1000,
+        "expires_at": None,
+        "seconds": f"{request.num_frames / request.fps:g}",
+        "size": f"{request.width}x{request.height}",
+        "remixed_from_video_id": None,
+        "error": error,
+        "state": job.state,
+        **request.model_dump(
+            include={"prompt", "negative_prompt", "num_frames", "fps", "f_patch_size"}
+            | {"num_steps", "guidance_scale", "seed"}
+        ),
+        "image_to_video": request.start_image is not None,
+        "quoted": job.quoted,
+        "charged": job.charged,
+        "refunded": job.refunded,
+        "reason": job.reason,
+        "stage_seconds": result.get("stage_seconds", {}),
+        "warnings": result.get("warnings", []),
+        "size_bytes": result.get("size_bytes"),
+    }
+    return video if model is None else {**video, "generated": generated_json(model, request)}
+
+
+def generated_json(model: Model, request: VideoRequest) -> dict[str, Any]:
+    """What is generated, from which what was asked is cut."""
+    width, height = model.generated_size(request.width, request.height)
+    frames = model.generated_frames(request.num_frames, request.f_patch_size)
+    return {"num_frames": frames, "size": f"{width}x{height}"}
+
+
+def event_json(event: JobEvent) -> dict[str, Any]:
+    """One moment of a job."""
+    progress = event.progress
+    return {
+        "seq": event.seq,
+        "phase": progress.phase,
+        "percentage": progress.percentage,
+        "step": progress.step,
+        "num_steps": progress.num_steps,
+        "frame": progress.frame,
+        "num_frames": progress.num_frames,
+        "created_at_ms": event.created_at_ms,
+    }
+
+
+def model_json(model: Model) -> dict[str, Any]:
+    """An entry of GET /v1/models."""
+    manifest = model.manifest
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": 0,
+        "owned_by": "mutoscope",
+        "family": manifest.family,
+        "description": manifest.description,
+        "trained": manifest.trained,
+        "licence": manifest.licence,
+        "frames": {"min": manifest.min_frames, "max": manifest.max_frames},
+        "max_side": manifest.max_side,
+        "max_area": manifest.max_area,
+        "size_multiple": model.size_multiple,
+        "f_patch_sizes": list(model.f_patch_sizes),
+        "defaults": manifest.defaults.model_dump(),
+    }
+
+
+def quote_json(request: VideoRequest, model: Model, price: Quote) -> dict[str, Any]:
+    """A price with its factors."""
+    return {
+        "credits": price.credits,
+        "factors": {
+            "base": price.base,
+            "num_frames": price.num_frames,
+            "resolution_multiplier": float(price.resolution_multiplier),
+            "model_multiplier": float(price.model_multiplier),
+        },
+        "model": model.id,
+        "family": request.family,
+        "size": f"{request.width}x{request.height}",
+        "num_frames": request.num_frames,
+        "generated": generated_json(model, request),
+    }
+
+
+def credits_json(account: Account) -> dict[str, Any]:
+    """What an account has."""
+    return {
+        "plan": account.plan,
+        "available": account.available,
+        "reserved": account.reserved,
+        "spent": account.spent,
+    }

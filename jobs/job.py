@@ -1,0 +1,100 @@
+"""One piece of work as the database knows it."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NewType
+
+JobId = NewType("JobId", str)
+
+
+class JobState(StrEnum):
+    """Where a job stands; the last three are final."""
+
+    QUEUED = "queued"  # admit; also release, when a lease ends without a result
+    RUNNING = "running"  # lease
+    SUCCEEDED = "succeeded"  # settle, video published
+    FAILED = "failed"  # settle, our fault, all refunded
+    CANCELLED = "cancelled"  # settle or cancel, on the owner's request
+
+
+FINAL_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+
+class Phase(StrEnum):
+    """What a job is doing."""
+
+    QUEUED = "queued"
+    TEXT = "text"
+    DENOISE = "denoise"
+    DECODE = "decode"
+    MEDIA = "media"
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One moment of a job; percentage 0..100. step and frame count what is finished."""
+
+    phase: Phase
+    percentage: int
+    step: int = 0
+    num_steps: int = 0
+    frame: int = 0
+    num_frames: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobEvent:
+    """A Progress as it was recorded: seq counts a job's events from 1; state only when final."""
+
+    seq: int
+    progress: Progress
+    created_at_ms: int
+    state: JobState | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job ended. result is public: the video's length in bytes, stage times, warnings."""
+
+    state: JobState
+    charged: int
+    refunded: int
+    reason: str
+    video_key: str | None = None
+    result: dict[str, Any] | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A row of jobs. Times are milliseconds since 1970 by the database's clock."""
+
+    number: int
+    id: JobId
+    account_id: str
+    state: JobState
+    model: str
+    tier: str
+    priority: int
+    request: dict[str, Any]
+    quoted: int
+    quote_exact: str
+    reservation_id: str
+    created_at_ms: int
+    started_at_ms: int | None
+    finished_at_ms: int | None
+    lease_owner: str | None
+    lease_expires_at_ms: int | None
+    attempt: int
+    percentage: int
+    cancel_requested: bool
+    deleted: bool
+    charged: int | None
+    refunded: int | None
+    reason: str | None
+    video_key: str | None
+    result: dict[str, Any] | None
+    error_code: str | None
+    error_message: str | None
