@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 
+from ray import serve
 from ray.serve import Application
 
 from credits.accounts import (
@@ -49,17 +50,19 @@ def build(config: AppConfig) -> Application:
             for offer in offers.values()
             if any(served.tier == tier.tier for served in offer.served_on)
         ]
-        denoisers[str(tier.tier)] = Denoiser.options(name=f"Denoiser-{tier.tier}").bind(
+        denoisers[str(tier.tier)] = serve.deployment(name=f"Denoiser-{tier.tier}")(Denoiser).bind(
             models, tier.torch_threads
         )
-        decoders[str(tier.tier)] = VaeDecoder.options(name=f"VaeDecoder-{tier.tier}").bind(
-            models, tier.torch_threads
-        )
-    text_encoder = TextEncoder.bind(
+        decoders[str(tier.tier)] = serve.deployment(name=f"VaeDecoder-{tier.tier}")(
+            VaeDecoder
+        ).bind(models, tier.torch_threads)
+    text_encoder = serve.deployment()(TextEncoder).bind(
         [offer.model for offer in offers.values()], store, config.tiers[0].torch_threads
     )
-    media_encoder = MediaEncoder.bind(store, settings.home / "scratch", decoders)
-    pipeline = VideoPipeline.bind(
+    media_encoder = serve.deployment()(MediaEncoder).bind(
+        store, settings.home / "scratch", decoders
+    )
+    pipeline = serve.deployment()(VideoPipeline).bind(
         settings.database_url,
         store,
         text_encoder,
@@ -79,7 +82,7 @@ def build(config: AppConfig) -> Application:
         weights=config.work_weights,
         limits=config.limits,
     )
-    return Ingress.bind(parts, pipeline)
+    return serve.deployment()(Ingress).bind(parts, pipeline)
 
 
 def check_origin(root: Path) -> None:

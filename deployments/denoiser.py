@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import ray
-from ray import serve
 
 from deployments.messages import Denoised
 from models.catalog import Model
@@ -12,7 +11,6 @@ from models.request import VideoRequest
 from models.tensors import Conditioning
 
 
-@serve.deployment
 class Denoiser:
     """Holds the transformers of a tier's models; runs one request's steps at a time.
 

@@ -34,19 +34,22 @@ class IngressParts:
     limits: LimitsConfig
 
 
-@serve.deployment
 @serve.ingress()
 class Ingress:
     """Builds its app late, inside the replica: an app made at import would be pickled, and the
     replica would work on a copy of its state.
     """
 
-    def __init__(self, parts: IngressParts, pipeline: DeploymentHandle) -> None:
+    def __init__(self, parts: IngressParts, pipeline: DeploymentHandle[Any]) -> None:
         self.parts = parts
         self.pipeline = pipeline
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.parts, lambda: self.pipeline.wake.remote())
+        """Called by Serve in the replica, after __init__."""
+        return create_app(self.parts, self._wake)
+
+    def _wake(self) -> None:
+        self.pipeline.wake.remote()
 
 
 def create_app(parts: IngressParts, wake: Waker) -> FastAPI:

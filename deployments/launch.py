@@ -4,6 +4,7 @@ It owns what it starts: SIGINT and SIGTERM end every process of the cluster and 
 """
 
 import argparse
+import logging
 import os
 import secrets
 import signal
@@ -96,7 +97,7 @@ def start_cluster(config: dict[str, object]) -> None:
         include_dashboard=False,
         object_store_memory=512 << 20,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         _node_ip_address="127.0.0.1",
     )
     for number in (signal.SIGINT, signal.SIGTERM):  # ray.init puts its own in their place

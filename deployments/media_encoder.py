@@ -5,8 +5,8 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
-from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.messages import Denoised, Encoding, Published
@@ -15,17 +15,16 @@ from media.object_store import ObjectStore
 from models.request import VideoRequest
 
 
-@serve.deployment
 class MediaEncoder:
     """Encodes while chunks of frames arrive: they go from decoder to encoder, past the pipeline."""
 
     def __init__(
-        self, store: ObjectStore, scratch: Path, decoders: dict[str, DeploymentHandle]
+        self, store: ObjectStore, scratch: Path, decoders: dict[str, DeploymentHandle[Any]]
     ) -> None:
         self.store = store
         self.scratch = scratch
         self.scratch.mkdir(parents=True, exist_ok=True)
-        self.decoders = {
+        self.decoders: dict[str, Any] = {
             tier: handle.options(method_name="decode", stream=True)
             for tier, handle in decoders.items()
         }

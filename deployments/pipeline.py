@@ -8,7 +8,6 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, WorkerCrashedError
 from ray.serve.handle import DeploymentHandle
 
@@ -36,7 +35,6 @@ logger = logging.getLogger("ray.serve")
 WORKER_LOST = (RayActorError, ObjectLostError, WorkerCrashedError)
 
 
-@serve.deployment
 class VideoPipeline:
     """Each replica leases as many jobs of each tier as that tier may have at once.
 
@@ -44,13 +42,13 @@ class VideoPipeline:
     or its successor, runs those jobs again.
     """
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it; the loops need its event loop
         self,
         database_url: str,
         store: ObjectStore,
-        text_encoder: DeploymentHandle,
-        denoisers: dict[str, DeploymentHandle],
-        media_encoder: DeploymentHandle,
+        text_encoder: DeploymentHandle[Any],
+        denoisers: dict[str, DeploymentHandle[Any]],
+        media_encoder: DeploymentHandle[Any],
         tiers: list[TierConfig],
         leases: LeaseConfig,
         weights: WorkWeights,
@@ -58,11 +56,11 @@ class VideoPipeline:
         self.engine = open_database(database_url)
         self.store = store
         self.text_encoder = text_encoder
-        self.denoisers = {
+        self.denoisers: dict[str, Any] = {
             tier: handle.options(method_name="denoise", stream=True)
             for tier, handle in denoisers.items()
         }
-        self.media_encoder = media_encoder.options(method_name="encode_media", stream=True)
+        self.media_encoder: Any = media_encoder.options(method_name="encode_media", stream=True)
         self.tiers = tiers
         self.leases = leases
         self.weights = weights

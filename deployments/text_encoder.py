@@ -3,7 +3,6 @@
 import asyncio
 
 import ray
-from ray import serve
 
 from deployments.messages import Encoded
 from media.object_store import ObjectStore
@@ -11,7 +10,6 @@ from models.catalog import Model
 from models.request import VideoRequest
 
 
-@serve.deployment
 class TextEncoder:
     """Holds the text encoder, and the VAE's encoder for start images, of every model."""
 

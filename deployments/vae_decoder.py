@@ -5,14 +5,12 @@ from collections.abc import AsyncIterator
 
 import numpy as np
 from numpy.typing import NDArray
-from ray import serve
 
 from models.catalog import Model
 from models.request import VideoRequest
 from models.tensors import Frames
 
 
-@serve.deployment
 class VaeDecoder:
     """Holds the VAE decoders of a tier's models; decodes one request at a time."""
 

@@ -25,7 +25,7 @@ from media.object_store import LocalObjectStore
 from models.request import InvalidRequest
 
 POLL_AFTER_MS = "500"
-CREATE_BODY = {
+CREATE_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
@@ -58,7 +58,8 @@ CREATE_BODY = {
 class Waker(Protocol):
     """Tells the pipeline that there is something to do; losing the call only delays it."""
 
-    def __call__(self) -> None: ...
+    def __call__(self) -> None:
+        """Return at once."""
 
 
 class VideoRoutes:
@@ -86,8 +87,8 @@ class VideoRoutes:
         """All routes; each needs an API key."""
         router = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))])
         add = router.add_api_route
-        create = {"openapi_extra": CREATE_BODY}
-        add("/v1/videos", self.create_video, methods=["POST"], **create)
+        body = CREATE_BODY
+        add("/v1/videos", self.create_video, methods=["POST"], openapi_extra=body)
         add("/v1/videos", self.list_videos, methods=["GET"])
         add("/v1/videos/{video_id}", self.get_video, methods=["GET"])
         add("/v1/videos/{video_id}", self.delete_video, methods=["DELETE"])
@@ -95,8 +96,8 @@ class VideoRoutes:
         add("/v1/videos/{video_id}/events", self.get_events, methods=["GET"])
         add("/v1/models", self.list_models, methods=["GET"])
         add("/v1/credits", self.get_credits, methods=["GET"])
-        add("/api/v1/video/estimate", self.estimate, methods=["POST"], **create)
-        add("/api/v1/video/generate", self.generate, methods=["POST"], **create)
+        add("/api/v1/video/estimate", self.estimate, methods=["POST"], openapi_extra=body)
+        add("/api/v1/video/generate", self.generate, methods=["POST"], openapi_extra=body)
         return router
 
     def authenticate(self, request: Request) -> Account:

@@ -14,23 +14,31 @@ from models.tensors import Conditioning, DenoiseState, Frames
 class Encoder(Protocol):
     """Turns the words and the start image of a request into Conditioning."""
 
-    def encode(self, request: VideoRequest, start_image: bytes | None) -> Conditioning: ...
+    def encode(self, request: VideoRequest, start_image: bytes | None) -> Conditioning:
+        """start_image: the file's bytes, checked already."""
+        ...
 
 
 class Denoiser(Protocol):
     """Draws the noise, then removes it step by step."""
 
-    def start(self, request: VideoRequest, conditioning: Conditioning) -> DenoiseState: ...
+    def start(self, request: VideoRequest, conditioning: Conditioning) -> DenoiseState:
+        """Step 0: noise from the request's seed alone."""
+        ...
 
     def step(
         self, request: VideoRequest, conditioning: Conditioning, state: DenoiseState
-    ) -> DenoiseState: ...
+    ) -> DenoiseState:
+        """One step on."""
+        ...
 
 
 class Decoder(Protocol):
     """Turns final latents, float32 [1, C, F, H, W], into frames, in temporal order."""
 
-    def decode(self, request: VideoRequest, latents: NDArray[np.float32]) -> Iterator[Frames]: ...
+    def decode(self, request: VideoRequest, latents: NDArray[np.float32]) -> Iterator[Frames]:
+        """Frames trimmed to the request's count and size."""
+        ...
 
 
 class FamilyNotBuilt(Exception):

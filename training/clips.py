@@ -4,7 +4,9 @@ The path passes the middle of the frame at mid-clip, so each motion word means o
 clip; that is what lets a small model learn the word in minutes.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +78,7 @@ def hue_to_rgb(hue_deg: float) -> NDArray[np.float32]:
 
 def signed_distance(
     shape: str, x: NDArray[np.float32], y: NDArray[np.float32], radius_px: float
-) -> NDArray[np.float32]:
+) -> NDArray[np.floating[Any]]:
     """Distance in pixels to the edge of a shape centred on the origin, negative inside.
 
     All three shapes have the area of a circle of that radius; the triangle points up.
@@ -84,12 +86,12 @@ def signed_distance(
     if shape == "circle":
         return np.hypot(x, y) - radius_px
     if shape == "square":
-        half = radius_px * np.sqrt(np.pi) / 2.0
+        half = radius_px * math.sqrt(math.pi) / 2.0
         return np.maximum(np.abs(x), np.abs(y)) - half
     if shape == "triangle":
-        side = 2.0 * radius_px * np.sqrt(np.pi / np.sqrt(3.0))
-        inradius = side / (2.0 * np.sqrt(3.0))
-        slope = np.sqrt(3.0) / 2.0
+        side = 2.0 * radius_px * math.sqrt(math.pi / math.sqrt(3.0))
+        inradius = side / (2.0 * math.sqrt(3.0))
+        slope = math.sqrt(3.0) / 2.0
         return np.maximum(y - inradius, np.abs(x) * slope - y / 2.0 - inradius)
     raise ValueError(f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
 

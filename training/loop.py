@@ -15,9 +15,13 @@ SAVE_EVERY_S = 60.0
 class Stateful(Protocol):
     """A module, an optimiser or a moving average."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        ...
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Go on from there."""
+        ...
 
 
 def run_steps(
@@ -87,7 +91,9 @@ class MovingAverage:
             module.load_state_dict(self.average[name])
 
     def state_dict(self) -> dict[str, Any]:
+        """The averages and their age."""
         return {"average": self.average, "num_updates": self.num_updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from saved averages."""
         self.average, self.num_updates = state_dict["average"], state_dict["num_updates"]

@@ -77,7 +77,8 @@ def encode_clips(vae: AutoencoderKLWan, seed: int, saved_at: Path) -> LatentClip
         saved = torch.load(saved_at, weights_only=True)
     else:
         random_numbers = np.random.default_rng(seed)
-        latents, coverage = [], []
+        latents: list[Tensor] = []
+        coverage: list[Tensor] = []
         bar = tqdm(range(0, len(captions), ENCODE_BATCH), desc="encode clips", mininterval=2.0)
         for first in bar:
             clips = [
@@ -94,8 +95,12 @@ def encode_clips(vae: AutoencoderKLWan, seed: int, saved_at: Path) -> LatentClip
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
     shape = (1, -1, 1, 1, 1)
     normalised = (saved["latents"] - mean.view(shape)) / deviation.view(shape)
-    combinations, backgrounds = ([pair[i] for pair in captions] for i in (0, 1))
-    return LatentClips(normalised, saved["coverage"], combinations, backgrounds)
+    return LatentClips(
+        normalised,
+        saved["coverage"],
+        [combination for combination, _ in captions],
+        [background for _, background in captions],
+    )
 
 
 def train_denoiser(

@@ -1,0 +1,83 @@
+"""Nouns that many tests need."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+
+from credits.accounts import Account, AccountId, create_account, find_account, hash_api_key
+from credits.ledger import grant
+from credits.plans import Plan
+from credits.pricing import Credits
+from deployments.database import migrate, open_database, reader
+from models.catalog import Model, load_model
+from models.request import VideoRequest
+from training.random_checkpoint import write_random_checkpoint
+
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+PEPPER = b"pepper"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random z-image-video checkpoint; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    folder.mkdir()
+    write_random_checkpoint(folder, dim=64, num_layers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Path) -> Model:
+    return load_model(checkpoint)
+
+
+@pytest.fixture
+def a_request(model: Model) -> Callable[..., VideoRequest]:
+    """Makes a request of few steps with a fixed seed."""
+
+    def make(**fields: Any) -> VideoRequest:
+        return model.resolve({"prompt": "a red circle", "num_steps": 3, "seed": 7, **fields})
+
+    return make
+
+
+@pytest.fixture
+def database_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'test.db'}"
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    engine = open_database(database_url)
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def an_account(engine: Engine) -> Callable[..., Account]:
+    """Makes an account whose API key is `key-<id>`."""
+
+    def make(
+        account_id: str = "alice", *, plan: Plan = Plan.ENTERPRISE, credits: int = 1000
+    ) -> Account:
+        with engine.begin() as connection:
+            key_hash = hash_api_key(f"key-{account_id}", PEPPER)
+            create_account(connection, AccountId(account_id), account_id, plan, key_hash)
+            if credits:
+                grant(connection, AccountId(account_id), Credits(credits))
+        return read_account(engine, account_id)
+
+    return make
+
+
+def read_account(engine: Engine, account_id: str) -> Account:
+    with reader(engine).begin() as connection:
+        account = find_account(connection, AccountId(account_id))
+    assert account is not None
+    return account

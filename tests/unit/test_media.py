@@ -1,0 +1,112 @@
+"""MP4 files are what players expect; objects appear whole or not at all."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from media.encode import MediaEncodingFailed, Mp4Encoder
+from media.object_store import LocalObjectStore, ObjectInfo, ObjectNotFound
+from models.tensors import Frames
+
+
+def gradient(num_frames: int, width: int, height: int) -> Frames:
+    ramp = np.linspace(0, 255, width).astype(np.uint8)
+    pixels = np.zeros((num_frames, height, width, 3), np.uint8)
+    pixels[..., 0] = ramp
+    pixels[..., 2] = 255 - ramp
+    return Frames(pixels, fps=8)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (50, 34), (2, 2)])
+def test_an_mp4_has_the_frames_colours_and_layout_of_the_web(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    width, height = size
+    path = tmp_path / "video.mp4"
+    frames = gradient(13, width, height)
+    with Mp4Encoder(path, width=width, height=height, fps=8, threads=1) as encoder:
+        for first in (0, 1, 5, 9):
+            last = 1 if first == 0 else first + 4
+            encoder.write(Frames(frames.pixels[first:last], 8))
+        encoder.finish()
+    content = path.read_bytes()
+    assert 0 < content.index(b"moov") < content.index(b"mdat")
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        codec = stream.codec_context
+        assert (codec.name, codec.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 8)
+        assert (codec.width, codec.height) == size
+        assert (codec.colorspace, codec.color_primaries, codec.color_trc) == (1, 1, 1)
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    assert len(decoded) == 13
+    if width > 2:
+        difference = np.abs(decoded[6].astype(int) - frames.pixels[6].astype(int))
+        assert np.median(difference) <= 6
+
+
+def test_an_encoder_that_fails_says_why(tmp_path: Path) -> None:
+    with (
+        pytest.raises(MediaEncodingFailed, match="No such file"),
+        Mp4Encoder(tmp_path / "no" / "x.mp4", width=64, height=64, fps=8, threads=1) as encoder,
+    ):
+        for _ in range(100):
+            encoder.write(gradient(13, 64, 64))
+        encoder.finish()
+
+
+def test_leaving_early_ends_ffmpeg(tmp_path: Path) -> None:
+    with (
+        pytest.raises(KeyError),
+        Mp4Encoder(tmp_path / "x.mp4", width=64, height=64, fps=8, threads=1) as encoder,
+    ):
+        encoder.write(gradient(1, 64, 64))
+        raise KeyError
+    assert encoder.process.poll() is not None
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalObjectStore:
+    return LocalObjectStore(tmp_path / "store")
+
+
+def test_what_is_put_can_be_read_whole_and_in_ranges(store: LocalObjectStore) -> None:
+    assert store.put("videos/a.mp4", b"0123456789") == ObjectInfo("videos/a.mp4", 10)
+    assert store.get("videos/a.mp4") == b"0123456789"
+    assert store.range("videos/a.mp4", 2, 4) == b"234"
+    assert store.range("videos/a.mp4", 8, 100) == b"89"
+    assert store.head("videos/a.mp4").size_bytes == 10
+    store.put("videos/a.mp4", b"new")
+    assert store.get("videos/a.mp4") == b"new"
+
+
+def test_a_file_is_moved_in(store: LocalObjectStore, tmp_path: Path) -> None:
+    source = tmp_path / "file"
+    source.write_bytes(b"abc")
+    store.put("videos/b", source)
+    assert store.get("videos/b") == b"abc"
+    assert not source.exists()
+
+
+def test_a_list_shows_finished_objects_under_a_prefix(store: LocalObjectStore) -> None:
+    for key in ("videos/b", "videos/a", "inputs/c"):
+        store.put(key, b"1")
+    (store.incoming / "half").write_bytes(b"1")
+    assert [info.key for info in store.list("videos/")] == ["videos/a", "videos/b"]
+    assert len(list(store.list(""))) == 3
+
+
+def test_what_is_deleted_is_gone(store: LocalObjectStore) -> None:
+    store.put("a/b", b"1")
+    store.delete("a/b")
+    store.delete("a/b")
+    for read in (store.get, store.head, lambda key: store.range(key, 0, 1)):
+        with pytest.raises(ObjectNotFound, match="a/b"):
+            read("a/b")
+
+
+@pytest.mark.parametrize("key", ["", "/etc/x", "../x", "a/../../x", "a//b", ".incoming/x", "a/"])
+def test_keys_cannot_leave_the_store(store: LocalObjectStore, key: str) -> None:
+    with pytest.raises(ValueError, match="key"):
+        store.put(key, b"1")
