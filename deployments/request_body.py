@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import Message
 
@@ -125,15 +125,15 @@ async def _read_json(request: Request) -> dict[str, Any]:
 
 
 async def _read_form(request: Request) -> dict[str, Any]:
+    given: dict[str, Any] = {}
     try:
-        form: FormData = await request.form()
+        async with request.form() as form:
+            for name, value in form.multi_items():
+                if name in given:
+                    raise InvalidRequest(name, f"{name} is given twice")
+                given[name] = await value.read() if isinstance(value, UploadFile) else value
     except HTTPException as error:
         raise InvalidRequest(None, f"malformed multipart body: {error.detail}") from error
-    given: dict[str, Any] = {}
-    for name, value in form.multi_items():
-        if name in given:
-            raise InvalidRequest(name, f"{name} is given twice")
-        given[name] = await value.read() if isinstance(value, UploadFile) else value
     return given
 
 
@@ -187,6 +187,6 @@ def _parse_seconds(value: Any) -> float:
 
 
 def _parse_fps(value: Any) -> int:
-    if re.fullmatch(r"\d{1,3}", str(value)) is None:
-        raise InvalidRequest("fps", "fps must be a whole number")
+    if re.fullmatch(r"\d{1,2}", str(value)) is None or not 1 <= int(value) <= 60:
+        raise InvalidRequest("fps", "fps must be a whole number from 1 to 60")
     return int(value)

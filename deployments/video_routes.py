@@ -92,7 +92,9 @@ class VideoRoutes:
         add("/v1/videos", self.list_videos, methods=["GET"])
         add("/v1/videos/{video_id}", self.get_video, methods=["GET"])
         add("/v1/videos/{video_id}", self.delete_video, methods=["DELETE"])
-        add("/v1/videos/{video_id}/content", self.get_content, methods=["GET", "HEAD"])
+        content = "/v1/videos/{video_id}/content"
+        add(content, self.get_content, methods=["GET"])
+        add(content, self.get_content, methods=["HEAD"], include_in_schema=False)
         add("/v1/videos/{video_id}/events", self.get_events, methods=["GET"])
         add("/v1/models", self.list_models, methods=["GET"])
         add("/v1/credits", self.get_credits, methods=["GET"])

@@ -1,0 +1,86 @@
+"""The ingress over a real database, without Ray."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import Engine
+from starlette.testclient import TestClient
+
+from autoscaling.tiers import GpuTier, ServedOn
+from credits.accounts import Account
+from credits.plans import PlanTable
+from credits.pricing import PriceTable, WorkWeights
+from deployments.admission import Admission, Offer
+from deployments.config import LimitsConfig
+from deployments.ingress import IngressParts, create_app
+from jobs.job import Job
+from media.object_store import LocalObjectStore
+from models.catalog import Model
+from models.request import VideoRequest
+from tests.conftest import PEPPER
+
+
+@dataclass
+class Door:
+    """The application as an HTTP client sees it, and how often it woke the pipeline."""
+
+    client: TestClient
+    store: LocalObjectStore
+    admission: Admission
+    wakes: list[None] = field(default_factory=list)
+
+    def as_account(self, account_id: str = "alice") -> "Caller":
+        return Caller(self.client, {"authorization": f"Bearer key-{account_id}"})
+
+
+@dataclass
+class Caller:
+    """One account's requests."""
+
+    client: TestClient
+    headers: dict[str, str]
+
+    def __call__(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        headers = {**self.headers, **arguments.pop("headers", {})}
+        return self.client.request(method, path, headers=headers, **arguments)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalObjectStore:
+    return LocalObjectStore(tmp_path / "store")
+
+
+@pytest.fixture
+def door(engine: Engine, database_url: str, store: LocalObjectStore, model: Model) -> Iterator[Door]:
+    offers = {model.id: Offer(model, (ServedOn(tier=GpuTier.LOCAL),))}
+    parts = IngressParts(
+        database_url=database_url,
+        pepper=PEPPER,
+        store=store,
+        offers=offers,
+        prices=PriceTable(),
+        plans=PlanTable(),
+        weights=WorkWeights(),
+        limits=LimitsConfig(max_body_bytes=200_000, max_image_pixels=10_000),
+    )
+    wakes: list[None] = []
+    app = create_app(parts, lambda: wakes.append(None))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        admission = Admission(engine, store, offers, PriceTable(), PlanTable())
+        yield Door(client, store, admission, wakes)
+
+
+@pytest.fixture
+def a_job(
+    door: Door, a_request: Callable[..., VideoRequest]
+) -> Callable[..., Job]:
+    """Admits a job of an account."""
+
+    def make(account: Account, **fields: Any) -> Job:
+        return door.admission.admit(account, a_request(**fields), None)
+
+    return make

@@ -1,0 +1,346 @@
+"""Jobs: leased once, moved only by their holder, ended once."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Engine, text, update
+from sqlalchemy.exc import IntegrityError
+
+from credits.accounts import Account
+from credits.accounts import metadata as credits_metadata
+from credits.plans import TooManyJobs
+from credits.pricing import WorkWeights
+from deployments.database import migrate, open_database, reader
+from deployments.settlement import Ending, WorkDone, cancellation, settle
+from jobs.job import Job, JobState, Outcome, Phase, Progress
+from jobs.store import (
+    JobNotFound,
+    LeaseLost,
+    cancelled_of,
+    events_after,
+    extend_leases,
+    finish,
+    get_job,
+    jobs,
+    lease,
+    list_jobs,
+    mark_deleted,
+    mark_purged,
+    metadata,
+    purgeable,
+    record,
+    request_cancel,
+)
+from media.object_store import LocalObjectStore
+from models.request import VideoRequest
+from tests.conftest import read_account
+
+AJob = Callable[..., Job]
+AnAccount = Callable[..., Account]
+SUCCESS = Outcome(JobState.SUCCEEDED, 1, 0, "done", video_key="videos/x")
+
+
+def lease_now(engine: Engine, owner: str = "me", lease_ms: int = 60_000) -> Job | None:
+    with engine.begin() as connection:
+        return lease(connection, owner, ["local"], lease_ms)
+
+
+def record_now(engine: Engine, job: Job, owner: str, percentage: int) -> None:
+    with engine.begin() as connection:
+        record(connection, job.id, owner, Progress(Phase.DENOISE, percentage, 1, 2))
+
+
+def finish_now(engine: Engine, job: Job, owner: str | None, outcome: Outcome = SUCCESS) -> None:
+    with engine.begin() as connection:
+        finish(connection, job.id, lease_owner=owner, outcome=outcome)
+
+
+def job_now(engine: Engine, job: Job) -> Job:
+    with reader(engine).begin() as connection:
+        return get_job(connection, job.id)
+
+
+def let_leases_expire(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(update(jobs).values(lease_expires_at_ms=0).where(
+            jobs.c.lease_owner.is_not(None)
+        ))
+
+
+def test_the_migrations_make_the_tables_that_the_code_uses(engine: Engine) -> None:
+    migrate(engine)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection)
+        assert compare_metadata(context, [credits_metadata, metadata]) == []
+
+
+def test_only_known_databases_are_opened() -> None:
+    with pytest.raises(ValueError, match="oracle"):
+        open_database("oracle://x")
+
+
+def test_a_job_is_leased_once_by_priority_then_age(
+    engine: Engine, an_account: AnAccount, a_job: AJob
+) -> None:
+    account = an_account()
+    first, second, third = (a_job(account) for _ in range(3))
+    with engine.begin() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == third.id).values(priority=9))
+    leased = [lease_now(engine) for _ in range(4)]
+    assert [job.id if job else None for job in leased] == [third.id, first.id, second.id, None]
+    assert all(job.state is JobState.RUNNING and job.attempt == 1 for job in leased if job)
+
+
+def test_other_tiers_jobs_stay(engine: Engine, an_account: AnAccount, a_job: AJob) -> None:
+    a_job(an_account())
+    with engine.begin() as connection:
+        assert lease(connection, "me", ["a100"], 1000) is None
+
+
+def test_many_workers_never_lease_the_same_job(
+    engine: Engine, an_account: AnAccount, a_job: AJob
+) -> None:
+    accounts = [an_account(f"a{index}") for index in range(5)]
+    expected = {a_job(account).id for account in accounts for _ in range(4)}
+    leased: list[str] = []
+
+    def work(owner: str) -> None:
+        while (job := lease_now(engine, owner)) is not None:
+            leased.append(job.id)
+
+    threads = [threading.Thread(target=work, args=(f"w{index}",)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(leased) == sorted(expected)
+
+
+def test_an_expired_lease_passes_to_another_and_the_first_holder_can_do_nothing(
+    engine: Engine, an_account: AnAccount, a_job: AJob
+) -> None:
+    job = a_job(an_account())
+    lease_now(engine, "first")
+    assert lease_now(engine, "second") is None
+    let_leases_expire(engine)
+    taken = lease_now(engine, "second")
+    assert taken is not None
+    assert taken.attempt == 2
+    with pytest.raises(LeaseLost):
+        record_now(engine, job, "first", 10)
+    with pytest.raises(LeaseLost):
+        finish_now(engine, job, "first")
+    with engine.begin() as connection:
+        assert extend_leases(connection, "first", 1000) == {}
+    finish_now(engine, job, "second")
+
+
+def test_a_heartbeat_keeps_the_lease(engine: Engine, an_account: AnAccount, a_job: AJob) -> None:
+    job = a_job(an_account())
+    lease_now(engine, "me", lease_ms=1)
+    with engine.begin() as connection:
+        assert extend_leases(connection, "me", 60_000) == {job.id: False}
+    assert lease_now(engine, "other") is None
+
+
+def test_progress_never_goes_back(engine: Engine, an_account: AnAccount, a_job: AJob) -> None:
+    job = a_job(an_account())
+    lease_now(engine)
+    for percentage in (10, 50, 2, 60):
+        record_now(engine, job, "me", percentage)
+    with reader(engine).begin() as connection:
+        events = events_after(connection, job.id, 0)
+    assert [event.seq for event in events] == [1, 2, 3, 4, 5]
+    assert [event.progress.percentage for event in events] == [0, 10, 50, 50, 60]
+    assert job_now(engine, job).percentage == 60
+
+
+def test_events_replay_from_any_seq(engine: Engine, an_account: AnAccount, a_job: AJob) -> None:
+    job = a_job(an_account())
+    lease_now(engine)
+    record_now(engine, job, "me", 10)
+    finish_now(engine, job, "me")
+    with reader(engine).begin() as connection:
+        assert [event.seq for event in events_after(connection, job.id, 1)] == [2, 3]
+        last = events_after(connection, job.id, 2)[0]
+    assert last.state is JobState.SUCCEEDED
+    assert last.progress.percentage == 100
+
+
+def test_a_finished_job_stays_finished(engine: Engine, an_account: AnAccount, a_job: AJob) -> None:
+    job = a_job(an_account())
+    lease_now(engine)
+    finish_now(engine, job, "me")
+    for owner in ("me", None):
+        with pytest.raises(LeaseLost):
+            finish_now(engine, job, owner, Outcome(JobState.FAILED, 0, 1, "late"))
+    assert lease_now(engine) is None
+    assert job_now(engine, job).state is JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "state = 'lost'",
+        "state = 'succeeded'",
+        "charged = 1",
+        "state = 'running'",
+        "lease_owner = 'me'",
+    ],
+)
+def test_the_database_refuses_an_impossible_job(
+    engine: Engine, an_account: AnAccount, a_job: AJob, change: str
+) -> None:
+    a_job(an_account())
+    with pytest.raises(IntegrityError), engine.begin() as connection:
+        connection.execute(text(f"UPDATE jobs SET {change}"))
+
+
+def test_a_cancellation_reaches_the_holder(
+    engine: Engine, an_account: AnAccount, a_job: AJob
+) -> None:
+    job = a_job(an_account())
+    lease_now(engine)
+    with engine.begin() as connection:
+        assert cancelled_of(connection, "me") == []
+        request_cancel(connection, job.id)
+        assert cancelled_of(connection, "me") == [job.id]
+        assert cancelled_of(connection, "other") == []
+
+
+def test_a_list_is_stable_while_jobs_are_added(
+    engine: Engine, an_account: AnAccount, a_job: AJob
+) -> None:
+    account = an_account()
+    old = [a_job(account) for _ in range(3)]
+    with reader(engine).begin() as connection:
+        page = list_jobs(connection, account.id, after=None, limit=2, ascending=False)
+    a_job(account)
+    with reader(engine).begin() as connection:
+        rest = list_jobs(connection, account.id, after=page[-1].id, limit=9, ascending=False)
+        oldest = list_jobs(connection, account.id, after=old[0].id, limit=1, ascending=True)
+    assert [job.id for job in page + rest] == [job.id for job in reversed(old)]
+    assert oldest[0].id == old[1].id
+
+
+def test_a_deleted_job_is_gone_and_its_files_are_listed_until_purged(
+    engine: Engine, an_account: AnAccount, a_job: AJob
+) -> None:
+    account = an_account()
+    job = a_job(account)
+    with engine.begin() as connection:
+        mark_deleted(connection, job.id)
+    assert job_now(engine, job).state is JobState.QUEUED
+    lease_now(engine)
+    finish_now(engine, job, "me")
+    with engine.begin() as connection:
+        mark_deleted(connection, job.id)
+        assert [purged.id for purged in purgeable(connection)] == [job.id]
+        mark_purged(connection, job.id)
+        assert purgeable(connection) == []
+        assert list_jobs(connection, account.id, after=None, limit=9, ascending=True) == []
+        with pytest.raises(JobNotFound):
+            get_job(connection, job.id, account.id)
+
+
+def test_readers_do_not_wait_for_a_writer(engine: Engine, an_account: AnAccount) -> None:
+    account = an_account()
+    with engine.begin() as writer:
+        writer.execute(text("UPDATE accounts SET name = 'x'"))
+        assert read_account(engine, account.id).name == "alice"
+
+
+def settle_now(
+    engine: Engine, store: LocalObjectStore, job: Job, done: WorkDone, ending: Ending
+) -> Outcome:
+    return settle(
+        engine, store, WorkWeights(), job, lease_owner="me", done=done, ending=ending
+    )
+
+
+def test_a_cancelled_job_pays_for_the_work_done(
+    engine: Engine, store: LocalObjectStore, an_account: AnAccount, a_job: AJob
+) -> None:
+    account = an_account()
+    job = a_job(account, num_steps=10)
+    lease_now(engine)
+    done = WorkDone()
+    done.reach(text=1, denoise=4)
+    done.reach(denoise=5)
+    done.reach(denoise=2)
+    outcome = settle_now(engine, store, job, done, cancellation())
+    assert (job.quoted, outcome.charged, outcome.refunded) == (26, 12, 14)
+    now = read_account(engine, account.id)
+    assert (now.reserved, now.spent) == (0, 12)
+    assert job_now(engine, job).state is JobState.CANCELLED
+
+
+def test_a_failed_job_costs_nothing(
+    engine: Engine, store: LocalObjectStore, an_account: AnAccount, a_job: AJob
+) -> None:
+    account = an_account()
+    job = a_job(account)
+    lease_now(engine)
+    failure = Ending(JobState.FAILED, "fault", charge_work=False, error_code="internal")
+    outcome = settle_now(engine, store, job, WorkDone(1, 3, 13, 0), failure)
+    assert (outcome.charged, outcome.refunded) == (0, 26)
+    assert read_account(engine, account.id).available == account.available
+
+
+def test_a_lost_lease_settles_nothing(
+    engine: Engine, store: LocalObjectStore, an_account: AnAccount, a_job: AJob
+) -> None:
+    account = an_account()
+    job = a_job(account)
+    lease_now(engine, "other")
+    with pytest.raises(LeaseLost):
+        settle_now(engine, store, job, WorkDone(1, 3, 13, 1), cancellation())
+    now = read_account(engine, account.id)
+    assert (now.reserved, now.spent) == (26, 0)
+
+
+def test_admission_is_all_or_nothing(
+    engine: Engine, an_account: AnAccount, a_job: AJob, door: Any,
+    a_request: Callable[..., VideoRequest],
+) -> None:  # fmt: skip
+    account = an_account(credits=1000)
+    for _ in range(4):
+        a_job(account)
+    with pytest.raises(TooManyJobs):
+        door.admission.admit(account, a_request(), b"image")
+    now = read_account(engine, account.id)
+    assert (now.available, now.reserved) == (1000 - 4 * 26, 4 * 26)
+    assert list(door.store.list("")) == []
+
+
+def test_parallel_admissions_never_exceed_the_limit(
+    engine: Engine, an_account: AnAccount, a_job: AJob
+) -> None:
+    account = an_account(credits=1000)
+    refused: list[TooManyJobs] = []
+
+    def admit() -> None:
+        try:
+            a_job(account)
+        except TooManyJobs as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=admit) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 8
+    assert read_account(engine, account.id).reserved == 4 * 26
+
+
+def test_a_database_is_one_file_in_its_folder(tmp_path: Path, engine: Engine) -> None:
+    assert (tmp_path / "test.db").is_file()
+    with engine.connect() as connection:
+        assert connection.execute(text("PRAGMA journal_mode")).scalar_one() == "wal"
+        assert connection.execute(text("PRAGMA synchronous")).scalar_one() == 2
