@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from sqlalchemy import Engine
 from starlette.testclient import TestClient
@@ -44,7 +43,7 @@ class Caller:
     client: TestClient
     headers: dict[str, str]
 
-    def __call__(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+    def __call__(self, method: str, path: str, **arguments: Any) -> Any:
         headers = {**self.headers, **arguments.pop("headers", {})}
         return self.client.request(method, path, headers=headers, **arguments)
 
@@ -55,7 +54,9 @@ def store(tmp_path: Path) -> LocalObjectStore:
 
 
 @pytest.fixture
-def door(engine: Engine, database_url: str, store: LocalObjectStore, model: Model) -> Iterator[Door]:
+def door(
+    engine: Engine, database_url: str, store: LocalObjectStore, model: Model
+) -> Iterator[Door]:
     offers = {model.id: Offer(model, (ServedOn(tier=GpuTier.LOCAL),))}
     parts = IngressParts(
         database_url=database_url,
@@ -75,9 +76,7 @@ def door(engine: Engine, database_url: str, store: LocalObjectStore, model: Mode
 
 
 @pytest.fixture
-def a_job(
-    door: Door, a_request: Callable[..., VideoRequest]
-) -> Callable[..., Job]:
+def a_job(door: Door, a_request: Callable[..., VideoRequest]) -> Callable[..., Job]:
     """Admits a job of an account."""
 
     def make(account: Account, **fields: Any) -> Job:

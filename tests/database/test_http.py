@@ -151,9 +151,7 @@ def test_bad_input_names_its_field_and_reserves_nothing(
     ],
 )
 def test_a_malformed_body_is_400(door: Door, alice: Account, body: bytes, kind: str) -> None:
-    response = door.as_account()(
-        "POST", "/v1/videos", content=body, headers={"content-type": kind}
-    )
+    response = door.as_account()("POST", "/v1/videos", content=body, headers={"content-type": kind})
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
 
@@ -228,9 +226,7 @@ def test_without_a_key_everything_is_401(
     assert response.json()["error"]["code"] == "unauthenticated"
 
 
-def test_another_accounts_video_is_404(
-    engine: Engine, door: Door, an_account: AnAccount
-) -> None:
+def test_another_accounts_video_is_404(engine: Engine, door: Door, an_account: AnAccount) -> None:
     for name in ("alice", "bob"):
         an_account(name)
     video = door.as_account("alice")("POST", "/v1/videos", json={"prompt": "x"}).json()

@@ -56,9 +56,7 @@ def environment(home: Path) -> dict[str, str]:
     return {**kept, "MUTOSCOPE_HOME": str(home)}
 
 
-def start(
-    config: Path, port: int, home: Path, **arguments: Any
-) -> "subprocess.Popen[str]":
+def start(config: Path, port: int, home: Path, **arguments: Any) -> "subprocess.Popen[str]":
     """Launch a server; its first line of output says that it is ready."""
     return subprocess.Popen(
         [sys.executable, "-m", "deployments.launch", "--config", str(config), "--port", str(port)],
@@ -121,9 +119,7 @@ def cluster(
         assert [child for child in children if child.is_running()] == []
 
 
-def until(
-    client: Client, video_id: str, reached: Callable[[Event], bool]
-) -> dict[str, Any]:
+def until(client: Client, video_id: str, reached: Callable[[Event], bool]) -> dict[str, Any]:
     """Follow a video's events to the first that satisfies; returns its data."""
     for event in client.follow(video_id):
         if reached(event):

@@ -2,7 +2,8 @@
 
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -14,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from client.client import ApiError, Client, Event
+from credits.accounts import find_account
 from deployments.app import LOCAL_ACCOUNT
 from deployments.database import open_database, reader
-from credits.accounts import find_account
 from tests.serve.conftest import Cluster, until, wait_until
 from training.attributes import read_attributes
 from training.captions import canonical
@@ -78,7 +79,8 @@ def test_a_prompt_becomes_an_mp4_for_its_price(client: Client, tmp_path: Path) -
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         codec = stream.codec_context
-        assert (codec.name, codec.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 8)
+        assert (codec.name, codec.pix_fmt) == ("h264", "yuv420p")
+        assert stream.average_rate == Fraction(8)
         assert (codec.width, codec.height, codec.colorspace) == (64, 64, 1)
     pixels = read_mp4(path)
     assert len(pixels) == 13
@@ -164,7 +166,9 @@ def test_the_official_client_works_unchanged(cluster: Cluster, tmp_path: Path) -
         base_url=f"{cluster.server.url}/v1", api_key=cluster.server.api_key, max_retries=0
     ) as official:
         video = official.videos.create_and_poll(
-            prompt="a red circle moving right", seconds="1", size="64x64"  # type: ignore[arg-type]
+            prompt="a red circle moving right",
+            seconds="1",  # type: ignore[arg-type]
+            size="64x64",  # type: ignore[arg-type]
         )
         assert (video.status, video.progress) == ("completed", 100)
         assert video.size == "64x64"  # type: ignore[comparison-overlap]
@@ -176,7 +180,7 @@ def test_the_official_client_works_unchanged(cluster: Cluster, tmp_path: Path) -
             official.videos.retrieve(video.id)
         assert missing.value.code == "not_found"
         with pytest.raises(openai.BadRequestError) as refused:
-            official.videos.create(prompt="x", size="63x64")  # type: ignore[arg-type]
+            official.videos.create(prompt="x", size="63x64")
         assert refused.value.param == "size"
         assert [model.id for model in official.models.list()] == ["z-image-video"]
 
@@ -205,8 +209,14 @@ def test_nothing_is_written_but_what_belongs_into_the_home(cluster: Cluster) -> 
 
 @pytest.mark.parametrize(
     "deployment",
-    ["Ingress", "VideoPipeline", "TextEncoder", "Denoiser-local", "VaeDecoder-local"]
-    + ["MediaEncoder"],
+    [
+        "Ingress",
+        "VideoPipeline",
+        "TextEncoder",
+        "Denoiser-local",
+        "VaeDecoder-local",
+        "MediaEncoder",
+    ],
 )
 def test_a_killed_replica_costs_neither_the_job_nor_a_second_charge(
     client: Client, cluster: Cluster, deployment: str
@@ -251,5 +261,3 @@ def test_jobs_overlap_without_waiting_for_each_other(client: Client) -> None:
     with pytest.raises(ApiError, match="429"):
         client.create({"prompt": "one too many"})
     assert [finish(client, video["id"])["status"] for video in videos] == ["completed"] * 4
-
-

@@ -84,9 +84,11 @@ def test_a_broken_manifest_is_refused(copied: Path, content: str) -> None:
 
 @pytest.mark.parametrize(
     ("asked", "f_patch_size", "generated"),
-    [(1, 1, 1), (1, 2, 5), (2, 1, 5), (13, 1, 13), (13, 2, 13), (13, 4, 13), (14, 1, 17)]
-    + [(14, 2, 21), (14, 4, 29), (16, 1, 17), (17, 2, 21), (48, 1, 49), (48, 4, 61)],
-)
+    [
+        (1, 1, 1), (1, 2, 5), (2, 1, 5), (13, 1, 13), (13, 2, 13), (13, 4, 13), (14, 1, 17),
+        (14, 2, 21), (14, 4, 29), (16, 1, 17), (17, 2, 21), (48, 1, 49), (48, 4, 61),
+    ],
+)  # fmt: skip
 def test_generated_frames_fill_whole_patches(
     model: Model, asked: int, f_patch_size: int, generated: int
 ) -> None:

@@ -133,9 +133,8 @@ def test_guidance_extrapolates_away_from_the_negative(
     encoder: ZImageVideoEncoder, denoiser: ZImageVideoDenoiser, a_request: ARequest
 ) -> None:
     conditioning = encoder.encode(a_request(guidance_scale=2.0), None)
-    swapped = replace(
-        conditioning, positive=conditioning.negative, negative=conditioning.positive
-    )
+    assert conditioning.negative is not None
+    swapped = replace(conditioning, positive=conditioning.negative, negative=conditioning.positive)
     noise = denoiser.start(a_request(), conditioning).latents
     positive, negative, guided, mirrored = (
         denoiser._predict(a_request(guidance_scale=scale), told, noise, 0.5)

@@ -1,0 +1,210 @@
+"""What the cluster costs: CPU-seconds and wall seconds a video, against one plain process.
+
+Both sides make the same videos with the same model code and ffmpeg and two torch threads, on a
+warm start. The plain side is a loop in one process. The cluster's side goes through HTTP; its CPU
+time is user + system time of every process of Ray, Serve and ffmpeg, what they burn while idle
+included.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from sqlalchemy import update
+
+from bench.machine import describe_machine
+from client.client import Client, Server
+from credits.accounts import accounts
+from deployments.database import open_database
+from training.random_checkpoint import write_random_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_THREADS = 2
+DEMO = {"prompt": "a red circle moving right", "seed": 1}
+LARGE = {
+    "prompt": "a red circle moving right",
+    "seed": 1,
+    "model": "large",
+    "num_frames": 29,
+    "size": "128x128",
+    "num_steps": 30,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one video: CPU-seconds of all processes, and wall seconds."""
+
+    cpu_s: float
+    wall_s: float
+
+
+def total_cpu_s(root: psutil.Process) -> float:
+    """User + system seconds of a process and its descendants, those that ended included."""
+    total = 0.0
+    for process in [root, *root.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def run_plain(folder: Path, fields: dict[str, Any], num_jobs: int) -> tuple[list[Cost], float]:
+    """In a process of its own: the costs of each video, and videos a second over all."""
+    script = [sys.executable, "-m", "bench.plain_process", str(folder), json.dumps(fields)]
+    output = subprocess.run(
+        [*script, str(num_jobs), str(NUM_THREADS)],
+        check=True,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    content = json.loads(output.splitlines()[-1])
+    return [Cost(**cost) for cost in content["costs"]], content["videos_per_s"]
+
+
+@contextlib.contextmanager
+def running_cluster(home: Path, large: Path) -> Iterator[tuple[psutil.Process, Client]]:
+    """The shipped configuration with one model more, on a free port."""
+    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    arguments = config["applications"][0]["args"]
+    arguments["models"].append(
+        {"path": str(large), "id": "large", "served_on": [{"tier": "local"}]}
+    )
+    arguments["tiers"][0]["torch_threads"] = NUM_THREADS
+    path = home / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = [sys.executable, "-m", "deployments.launch", "--config", str(path)]
+    process = subprocess.Popen(
+        [*launch, "--port", str(port)],
+        cwd=ROOT,
+        env={**os.environ, "MUTOSCOPE_HOME": str(home)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        if "ready" not in process.stdout.readline():
+            raise RuntimeError("the cluster did not start")
+        key = (home / "api_key").read_text()
+        with Client(Server(f"http://127.0.0.1:{port}", key)) as client:
+            yield psutil.Process(process.pid), client
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def make_video(client: Client, fields: dict[str, Any]) -> dict[str, Any]:
+    """Create one and wait for its end; RuntimeError unless it succeeds."""
+    return finish_video(client, client.create(fields)["id"])
+
+
+def finish_video(client: Client, video_id: str) -> dict[str, Any]:
+    """Follow to the end; RuntimeError unless it succeeds."""
+    for event in client.follow(video_id):
+        if "video" in event.data:
+            video: dict[str, Any] = event.data["video"]
+            if video["status"] != "completed":
+                raise RuntimeError(f"{video_id}: {video['error']}")
+            return video
+    raise RuntimeError(f"{video_id}: the events ended early")
+
+
+def run_cluster(
+    cluster: psutil.Process, client: Client, fields: dict[str, Any], num_jobs: int
+) -> list[Cost]:
+    """One video after the other."""
+    costs = []
+    for _ in range(num_jobs):
+        cpu_s, wall_s = total_cpu_s(cluster), time.monotonic()
+        make_video(client, fields)
+        wall_s = time.monotonic() - wall_s
+        costs.append(Cost(total_cpu_s(cluster) - cpu_s, wall_s))
+    return costs
+
+
+def run_queue(client: Client, fields: dict[str, Any], num_jobs: int) -> float:
+    """Videos a second with all jobs queued at once."""
+    started_s = time.monotonic()
+    videos = [client.create(fields)["id"] for _ in range(num_jobs)]
+    for video_id in videos:
+        finish_video(client, video_id)
+    return num_jobs / (time.monotonic() - started_s)
+
+
+def raise_concurrency(home: Path, max_jobs: int) -> None:
+    """Let the local account have that many jobs at once."""
+    engine = open_database(f"sqlite:///{home / 'mutoscope.db'}")
+    with engine.begin() as connection:
+        connection.execute(update(accounts).values(max_jobs=max_jobs))
+    engine.dispose()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.cluster_tax", description=__doc__)
+    parser.add_argument("--jobs", type=int, default=5, help="videos of each kind, one by one")
+    parser.add_argument("--queued", type=int, default=8, help="videos queued at once")
+    arguments = parser.parse_args()
+    print(describe_machine())
+    with tempfile.TemporaryDirectory() as folder:
+        large = Path(folder) / "large"
+        large.mkdir()
+        write_random_checkpoint(large, dim=512, num_layers=8)
+        home = Path(folder) / "home"
+        home.mkdir()
+        with running_cluster(home, large) as (cluster, client):
+            raise_concurrency(home, arguments.queued)
+            for fields in (DEMO, LARGE):
+                make_video(client, fields)
+            cluster_demo = run_cluster(cluster, client, DEMO, arguments.jobs)
+            cluster_large = run_cluster(cluster, client, LARGE, arguments.jobs)
+            cluster_videos_per_s = run_queue(client, LARGE, arguments.queued)
+        plain_demo, _ = run_plain(ROOT / "models/demo", DEMO, arguments.jobs)
+        plain_large, plain_videos_per_s = run_plain(large, LARGE, arguments.queued)
+    rows = {
+        "demo prompt, plain process": plain_demo,
+        "demo prompt, cluster": cluster_demo,
+        "large job, plain process": plain_large,
+        "large job, cluster": cluster_large,
+    }
+    print(f"{'median of':30}{'CPU s':>8}{'wall s':>8}")
+    for name, costs in rows.items():
+        print(f"{f'{name} ({len(costs)})':30}{_cpu_s(costs):8.2f}{_wall_s(costs):8.2f}")
+    print(f"large jobs a minute: plain {60 * plain_videos_per_s:.2f}, ", end="")
+    print(f"cluster with {arguments.queued} queued {60 * cluster_videos_per_s:.2f}")
+    result = {
+        "cpu_ratio": round(_cpu_s(cluster_large) / _cpu_s(plain_large), 3),
+        "throughput_ratio": round(cluster_videos_per_s / plain_videos_per_s, 3),
+        "demo_overhead_cpu_s": round(_cpu_s(cluster_demo) - _cpu_s(plain_demo), 3),
+        "demo_overhead_wall_s": round(_wall_s(cluster_demo) - _wall_s(plain_demo), 3),
+    }
+    print(json.dumps(result))
+
+
+def _cpu_s(costs: list[Cost]) -> float:
+    return statistics.median(cost.cpu_s for cost in costs)
+
+
+def _wall_s(costs: list[Cost]) -> float:
+    return statistics.median(cost.wall_s for cost in costs)
+
+
+if __name__ == "__main__":
+    main()

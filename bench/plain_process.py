@@ -1,0 +1,55 @@
+"""The other side of `bench.cluster_tax`: the same videos in one plain process, one by one."""
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from media.encode import Mp4Encoder
+from models.catalog import load_model
+from models.denoise import denoise
+from models.stages import load_decoder, load_denoiser, load_encoder
+
+
+def cpu_s() -> float:
+    """User + system seconds of this process and of ffmpeg."""
+    used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def main() -> None:
+    folder, fields, num_jobs, num_threads = sys.argv[1:]
+    torch.set_num_threads(int(num_threads))
+    given = {**json.loads(fields)}
+    given.pop("model", None)
+    if "size" in given:
+        given["width"], given["height"] = map(int, given.pop("size").split("x"))
+    model = load_model(Path(folder))
+    request = model.resolve(given)
+    encoder, denoiser, decoder = load_encoder(model), load_denoiser(model), load_decoder(model)
+    costs = []
+    started_s = time.monotonic()
+    with tempfile.TemporaryDirectory() as out:
+        for index in range(int(num_jobs) + 1):
+            if index == 1:
+                started_s = time.monotonic()  # the first one warms up
+            before_cpu_s, before_s = cpu_s(), time.monotonic()
+            conditioning = encoder.encode(request, None)
+            *_, last = denoise(denoiser, request, conditioning)
+            size = {"width": request.width, "height": request.height}
+            path = Path(out) / f"{index}.mp4"
+            with Mp4Encoder(path, **size, fps=request.fps, threads=1) as mp4:
+                for frames in decoder.decode(request, last.latents.numpy()):
+                    mp4.write(frames)
+                mp4.finish()
+            costs.append({"cpu_s": cpu_s() - before_cpu_s, "wall_s": time.monotonic() - before_s})
+    videos_per_s = int(num_jobs) / (time.monotonic() - started_s)
+    print(json.dumps({"costs": costs[1:], "videos_per_s": videos_per_s}))
+
+
+if __name__ == "__main__":
+    main()
