@@ -57,3 +57,7 @@ bench: setup
 
 train-demo: setup
 	$(BIN)/python -m training
+
+.PHONY: image
+image:
+	docker build --tag mutoscope:0.1.0 .

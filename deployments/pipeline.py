@@ -110,14 +110,14 @@ class VideoPipeline:
     async def _extend_leases(self) -> None:
         while True:
             await asyncio.sleep(self.leases.lease_s / 4)
-            if self.running:
-                held = await asyncio.to_thread(self._extend)
-                for job_id in self.running.keys() - held:
+            if expected := set(self.running):
+                held = await asyncio.to_thread(self._extend, expected)
+                for job_id in (expected - held) & self.running.keys():
                     self.running[job_id].cancel()
 
-    def _extend(self) -> set[JobId]:
+    def _extend(self, job_ids: set[JobId]) -> set[JobId]:
         with self.engine.begin() as connection:
-            return set(extend_leases(connection, self.owner, self._lease_ms()))
+            return extend_leases(connection, self.owner, job_ids, self._lease_ms())
 
     async def _watch_cancellations(self) -> None:
         while True:
@@ -248,14 +248,8 @@ class VideoPipeline:
         raise RuntimeError("the media encoder ended without publishing")
 
     async def _record(self, job: Job, phase: Phase, done: WorkDone, **counts: int) -> None:
-        request = VideoRequest.model_validate(job.request)
-        weights = self.weights
-        percentage = (
-            weights.text * done.text
-            + weights.denoise * done.denoise // request.num_steps
-            + weights.decode * done.decode // request.num_frames
-        )
-        progress = Progress(phase, min(percentage, 99), **counts)
+        share = done.share(VideoRequest.model_validate(job.request), self.weights)
+        progress = Progress(phase, min(int(100 * share), 99), **counts)
         await asyncio.to_thread(self._record_now, job.id, progress)
 
     def _record_now(self, job_id: JobId, progress: Progress) -> None:

@@ -29,6 +29,12 @@ class WorkDone:
         for stage, count in passes.items():
             setattr(self, stage, max(getattr(self, stage), count))
 
+    def share(self, request: VideoRequest, weights: WorkWeights) -> Fraction:
+        """Weighted work done over the work that the request takes, 0..1."""
+        planned = Passes(text=1, denoise=request.num_steps, decode=request.num_frames, media=1)
+        reached = Passes(self.text, self.denoise, self.decode, self.media)
+        return share_done(weights, planned, reached)
+
 
 @dataclass(frozen=True, slots=True)
 class Ending:
@@ -55,11 +61,9 @@ def settle(
 ) -> Outcome:
     """Charge the work done, refund the rest, end the job; LeaseLost changes nothing."""
     request = VideoRequest.model_validate(job.request)
-    planned = Passes(text=1, denoise=request.num_steps, decode=request.num_frames, media=1)
-    reached = Passes(done.text, done.denoise, done.decode, done.media)
     charged = Credits(0)
     if ending.charge_work:
-        share = share_done(weights, planned, reached)
+        share = done.share(request, weights)
         charged = charge(Fraction(job.quote_exact), Credits(job.quoted), share)
     with engine.begin() as connection:
         refunded = settle_reservation(connection, ReservationId(job.reservation_id), charged)

@@ -4,7 +4,7 @@ The caller owns the transaction. Every change of state names the state and the l
 starts from, so that of two processes that think they hold a job only one can move it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -186,15 +186,22 @@ def lease(connection: Connection, owner: str, tiers: Sequence[str], lease_ms: in
     return None if row is None else _to_job(row)
 
 
-def extend_leases(connection: Connection, owner: str, lease_ms: int) -> dict[JobId, bool]:
-    """Heartbeat: every job that owner still holds, and whether its cancellation is asked for."""
+def extend_leases(
+    connection: Connection, owner: str, job_ids: Collection[JobId], lease_ms: int
+) -> set[JobId]:
+    """Heartbeat: extend the leases on these jobs and return those that owner still holds.
+
+    A job that owner has given up, because it could not be settled, is not named and runs out.
+    """
     rows = connection.execute(
         update(jobs)
-        .where(jobs.c.lease_owner == owner, jobs.c.state == JobState.RUNNING)
+        .where(
+            jobs.c.id.in_(job_ids), jobs.c.lease_owner == owner, jobs.c.state == JobState.RUNNING
+        )
         .values(lease_expires_at_ms=now_ms() + lease_ms)
-        .returning(jobs.c.id, jobs.c.cancel_requested)
+        .returning(jobs.c.id)
     )
-    return {JobId(row.id): bool(row.cancel_requested) for row in rows}
+    return {JobId(row.id) for row in rows}
 
 
 def cancelled_of(connection: Connection, owner: str) -> list[JobId]:

@@ -19,7 +19,7 @@ from training.clips import BACKGROUNDS, Combination, all_combinations, draw_clip
 from training.loop import MovingAverage, run_steps
 from training.train_vae import to_model_range
 
-NUM_STEPS = 3600
+NUM_STEPS = 5000
 ENCODE_BATCH = 20
 CLIPS_PER_CAPTION = 30
 BATCH_SIZE = 32
@@ -27,7 +27,9 @@ MUON_LEARNING_RATE, ADAM_LEARNING_RATE = 2e-3, 2e-3
 CAPTION_DROPOUT = 0.1
 START_FRAME_SHARE = 0.15
 FOREGROUND_WEIGHT, FIRST_FRAME_WEIGHT = 4.0, 1.5
-SIGMA_SHIFT, SHIFTED_SHARE = 5.0, 0.7
+# Noise levels lean to the noisy end, where layout and motion are decided, and later less so, for
+# the shapes' corners.
+LAYOUT_SHARE, LAYOUT_SHIFT, DETAIL_SHIFT, SHIFTED_SHARE = 0.57, 5.0, 3.0, 0.7
 F_PATCH_SHARES = {1: 0.45, 2: 0.3, 4: 0.25}
 MAX_TEXT_TOKENS = 32
 
@@ -148,7 +150,12 @@ def train_denoiser(
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             texts = encode_captions(tokenizer, text_encoder, captions)
             loss = _flow_matching_loss(
-                transformer, clips.latents[rows], clips.coverage[rows], texts, f_patch_size
+                transformer,
+                clips.latents[rows],
+                clips.coverage[rows],
+                texts,
+                f_patch_size=f_patch_size,
+                sigma_shift=LAYOUT_SHIFT if step < LAYOUT_SHARE * num_steps else DETAIL_SHIFT,
             )
             for optimizer in (muon, adam):
                 optimizer.zero_grad(set_to_none=True)
@@ -204,7 +211,9 @@ def _flow_matching_loss(
     latents: Tensor,
     coverage: Tensor,
     texts: list[Tensor],
+    *,
     f_patch_size: int,
+    sigma_shift: float,
 ) -> Tensor:
     """Weighted squared error of the velocity x0 - noise at one random noise level a clip.
 
@@ -213,7 +222,7 @@ def _flow_matching_loss(
     """
     count = len(latents)
     sigma = torch.rand(count)
-    shifted = SIGMA_SHIFT * sigma / (1 + (SIGMA_SHIFT - 1) * sigma)
+    shifted = sigma_shift * sigma / (1 + (sigma_shift - 1) * sigma)
     sigma = torch.where(torch.rand(count) < SHIFTED_SHARE, shifted, sigma).view(-1, 1, 1, 1, 1)
     noise = torch.randn_like(latents)
     noisy = (1 - sigma) * latents + sigma * noise

@@ -137,15 +137,22 @@ def test_an_expired_lease_passes_to_another_and_the_first_holder_can_do_nothing(
     with pytest.raises(LeaseLost):
         finish_now(engine, job, "first")
     with engine.begin() as connection:
-        assert extend_leases(connection, "first", 1000) == {}
+        assert extend_leases(connection, "first", {job.id}, 1000) == set()
     finish_now(engine, job, "second")
 
 
-def test_a_heartbeat_keeps_the_lease(engine: Engine, an_account: AnAccount, a_job: AJob) -> None:
-    job = a_job(an_account())
-    lease_now(engine, "me", lease_ms=1)
+def test_a_heartbeat_keeps_only_the_leases_it_names(
+    engine: Engine, an_account: AnAccount, a_job: AJob
+) -> None:
+    kept, given_up = (a_job(an_account(name)) for name in ("alice", "bob"))
+    for _ in range(2):
+        lease_now(engine, "me", lease_ms=60_000)
+    let_leases_expire(engine)
     with engine.begin() as connection:
-        assert extend_leases(connection, "me", 60_000) == {job.id: False}
+        assert extend_leases(connection, "me", {kept.id}, 60_000) == {kept.id}
+    taken = lease_now(engine, "other")
+    assert taken is not None
+    assert taken.id == given_up.id
     assert lease_now(engine, "other") is None
 
 

@@ -1,0 +1,215 @@
+"""Servers start and stop as their users expect, and the command finds them."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.serve.conftest import ROOT, Cluster, environment, start
+
+pytestmark = pytest.mark.serve
+
+STOP_S = 15.0
+MUTOSCOPE = Path(sys.executable).with_name("mutoscope")
+
+
+def run(
+    command: list[str], home: Path, cwd: Path, **changes: str
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={**environment(home), **changes},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+def test_a_taken_port_is_told_in_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    port = cluster.server.url.rsplit(":", 1)[1]
+    second = run([sys.executable, "-m", "deployments.launch", "--port", port], tmp_path, ROOT)
+    assert second.returncode == 1
+    assert second.stdout == ""
+    assert second.stderr.strip() == f"127.0.0.1:{port} is in use; choose another with PORT="
+
+
+def test_a_damaged_checkpoint_stops_the_deployment_by_name(
+    config_path: Path, free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    shutil.copytree(ROOT / "models" / "demo", tmp_path / "demo")
+    weights = tmp_path / "demo" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    config = yaml.safe_load(config_path.read_text())
+    config["applications"][0]["args"]["models"][0]["path"] = str(tmp_path / "demo")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    process = start(path, free_port(), tmp_path / "home")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "ready" not in output
+    assert "vae/diffusion_pytorch_model.safetensors" in errors
+
+
+def ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def test_an_interrupt_stops_everything_even_if_it_was_ignored_at_start(
+    config_path: Path, free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    process = start(config_path, free_port(), tmp_path / "home", preexec_fn=ignore_interrupts)
+    with process:
+        assert process.stdout is not None
+        assert "ready" in process.stdout.readline()
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert len(started) > 8
+        asked_s = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(STOP_S) == 0
+        assert time.monotonic() - asked_s < STOP_S
+    assert [child for child in started if child.is_running()] == []
+
+
+def test_a_stop_while_starting_leaves_nothing(
+    config_path: Path, free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    process = start(config_path, free_port(), tmp_path / "home")
+    with process:
+        root = psutil.Process(process.pid)
+        deadline_s = time.monotonic() + 60
+        while len(started := root.children(recursive=True)) < 4:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(STOP_S) == 0
+    assert [child for child in started if child.is_running()] == []
+
+
+def test_the_command_finds_the_server_by_itself(cluster: Cluster, tmp_path: Path) -> None:
+    arguments = ["a red circle", "--frames", "5", "--size", "64x48", "--fps", "4", "--steps", "2"]
+    arguments += ["--f-patch", "2", "--seed", "3", "--out", "x.mp4"]
+    done = run([str(MUTOSCOPE), "generate", *arguments], cluster.home, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "64x48, 5 frames, seed 3" in done.stdout
+    assert re.search(r"quoted 10, charged 10, refunded 0, balance [\d,]+", done.stdout)
+    assert re.search(r"stages: text [\d.]+ s, denoise .*, decode .*, media", done.stdout)
+    assert "denoising 2/2" in done.stderr
+    assert "100%" in done.stderr
+    assert (tmp_path / "x.mp4").stat().st_size > 500
+
+
+def test_the_command_takes_url_and_key_from_the_environment(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    given = {
+        "MUTOSCOPE_URL": cluster.server.url,
+        "MUTOSCOPE_API_KEY": cluster.server.api_key,
+    }
+    command = [str(MUTOSCOPE), "generate", "x", "--steps", "1"]
+    done = run(command, tmp_path / "nothing", tmp_path, **given)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").glob("video_*.mp4"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "told"),
+    [
+        ({}, [], "make serve"),
+        ({"MUTOSCOPE_URL": "http://127.0.0.1:9", "MUTOSCOPE_API_KEY": "k"}, [], "cannot reach"),
+    ],
+)
+def test_the_command_says_in_one_line_why_it_cannot(
+    tmp_path: Path, changes: dict[str, str], arguments: list[str], told: str
+) -> None:
+    done = run([str(MUTOSCOPE), "generate", "x", *arguments], tmp_path, tmp_path, **changes)
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_refusal_is_told_in_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    for arguments in (["--size", "63x64"], ["--model", "sora-2"], ["--image", "none.png"]):
+        done = run([str(MUTOSCOPE), "generate", "x", *arguments], cluster.home, tmp_path)
+        assert done.returncode == 1
+        assert done.stderr.startswith("mutoscope: ")
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def blocks() -> list[tuple[str, str]]:
+    """The code blocks of the README with a language, in order."""
+    return re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def processes_with(home: Path) -> list[str]:
+    """Command lines of the processes that were started with this home folder."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.environ().get("MUTOSCOPE_HOME") == str(home):
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+def test_the_readme_does_what_it_says(free_port: Callable[[], int], tmp_path: Path) -> None:
+    home, port = tmp_path / "home", str(free_port())
+    server: subprocess.Popen[str] | None = None
+    shell_environment = {**environment(home), "PORT": port}
+    before = set((ROOT / "out").glob("*.mp4"))
+    executed = []
+    try:
+        for language, block in blocks():
+            text = block.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+            text = text.replace("~/.mutoscope", str(home))
+            if text.strip() == "make serve":
+                server = subprocess.Popen(
+                    ["make", "serve"],
+                    cwd=ROOT,
+                    env=shell_environment,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,
+                )
+                assert server.stdout is not None
+                while "ready" not in (line := server.stdout.readline()):
+                    assert line, "the server ended"
+                executed.append("make serve")
+                continue
+            interpreter = ["bash", "-ec"] if language == "bash" else [sys.executable, "-c"]
+            done = subprocess.run(
+                [*interpreter, text],
+                cwd=ROOT,
+                env=shell_environment,
+                capture_output=True,
+                text=True,
+                timeout=240,
+                check=False,
+            )
+            assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+            assert '"error": {' not in done.stdout
+            if text.strip() == "make demo":
+                assert processes_with(home) == []
+            executed.append(text.split()[0] + " " + text.split()[1])
+    finally:
+        if server is not None:
+            os.killpg(server.pid, signal.SIGINT)
+            server.wait(STOP_S + 5)
+            assert server.stdout is not None
+            server.stdout.close()
+    assert executed[0] == "make demo"
+    assert len(executed) == 5
+    made = {path.name for path in set((ROOT / "out").glob("*.mp4")) - before}
+    assert any(name.startswith("video_") for name in made)
+    assert (ROOT / "out" / "circle.mp4").is_file()
+    assert (ROOT / "out" / "triangle.mp4").is_file()
