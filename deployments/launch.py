@@ -74,7 +74,7 @@ def port_is_free(host: str, port: int) -> bool:
 
 
 def start_cluster(config: dict[str, object]) -> None:
-    """Start Ray on loopback and deploy; returns when the application runs, else DeployFailed.
+    """Start Ray and deploy; returns when the application runs, else DeployFailed.
 
     config is the whole of serve_config.yaml. The environment set here is what the cluster's
     processes get: our packages on their path, and a token without which nobody can join it.
@@ -86,6 +86,8 @@ def start_cluster(config: dict[str, object]) -> None:
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.25")
+    # Stages of several jobs share the cores: a thread that waits must not spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import ray
     from ray.serve._private.api import serve_start
     from ray.serve.schema import ServeDeploySchema
@@ -98,7 +100,6 @@ def start_cluster(config: dict[str, object]) -> None:
         object_store_memory=512 << 20,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
     )
     for number in (signal.SIGINT, signal.SIGTERM):  # ray.init puts its own in their place
         signal.signal(number, _stop)

@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 from deployments.database import reader
 from deployments.wire import event_json
 from jobs.job import Job, JobEvent, JobState
-from jobs.store import events_after, get_job
+from jobs.store import JobNotFound, events_after, get_job
 
 POLL_S = 0.1
 KEEP_ALIVE_S = 10.0
@@ -27,7 +27,10 @@ async def stream_events(
     """Yield one text/event-stream block an event, to the final one, which carries the video."""
     sent_s = time.monotonic()
     while True:
-        events, current = await asyncio.to_thread(_read, engine, job, after_seq)
+        try:
+            events, current = await asyncio.to_thread(_read, engine, job, after_seq)
+        except JobNotFound:
+            return  # its owner has deleted it meanwhile
         for event in events:
             after_seq = event.seq
             sent_s = time.monotonic()

@@ -67,14 +67,16 @@ def make_transformer() -> ZImageTransformer2DModel:
 
 
 @torch.no_grad()
-def encode_clips(vae: AutoencoderKLWan, seed: int, saved_at: Path) -> LatentClips:
+def encode_clips(
+    vae: AutoencoderKLWan, seed: int, saved_at: Path, clips_per_caption: int = CLIPS_PER_CAPTION
+) -> LatentClips:
     """Draw and encode every seen combination, and set the VAE's latent mean and deviation."""
     captions = [
         (combination, background)
         for combination in all_combinations()
         if not is_held_out(combination)
         for background in BACKGROUNDS
-    ] * CLIPS_PER_CAPTION
+    ] * clips_per_caption
     if saved_at.exists():
         saved = torch.load(saved_at, weights_only=True)
     else:

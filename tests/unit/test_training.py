@@ -1,0 +1,166 @@
+"""The demo model's training: honest data, an honest measure, and a run that can be interrupted."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.prompt_adherence import Generator, make_prompts
+from models.catalog import load_model
+from training.__main__ import save_checkpoint
+from training.attributes import read_attributes, score
+from training.captions import canonical, paraphrase
+from training.clips import (
+    BACKGROUNDS,
+    HUES_DEG,
+    MOTIONS,
+    SHAPES,
+    SIZE,
+    TRAVEL_PX,
+    Combination,
+    all_combinations,
+    draw_clip,
+    is_held_out,
+)
+from training.loop import run_steps
+from training.text_encoder import make_text_encoder, make_tokenizer
+from training.train_denoiser import encode_captions, encode_clips, train_denoiser
+from training.train_vae import _decode_unclamped, make_vae, train_vae
+
+
+def test_a_fixed_fifth_is_held_out_and_every_word_is_in_both_parts() -> None:
+    held_out = [c for c in all_combinations() if is_held_out(c)]
+    seen = [c for c in all_combinations() if not is_held_out(c)]
+    assert len(held_out) == round(len(all_combinations()) / 5)
+    for part in (held_out, seen):
+        assert {c.colour for c in part} == set(HUES_DEG)
+        assert {c.shape for c in part} == set(SHAPES)
+        assert {c.motion for c in part} == set(MOTIONS)
+    assert TRAVEL_PX >= 0.3 * SIZE
+
+
+def test_the_measure_reads_every_true_clip_right() -> None:
+    random_numbers = np.random.default_rng(0)
+    for combination in all_combinations():
+        for background in BACKGROUNDS:
+            clip = draw_clip(combination, background, random_numbers)
+            found = score(clip.pixels, combination.colour, combination.shape, combination.motion)
+            assert found.colour
+            assert found.shape
+            assert found.motion
+            assert read_attributes(clip.pixels).background == background
+
+
+def test_one_wrong_frame_is_a_miss() -> None:
+    random_numbers = np.random.default_rng(0)
+    right = draw_clip(Combination("red", "circle", "right"), "dark", random_numbers).pixels
+    other = draw_clip(Combination("blue", "square", "right"), "dark", random_numbers).pixels
+    mixed = right.copy()
+    mixed[0] = other[0]
+    found = score(mixed, "red", "circle", "right")
+    assert (found.colour, found.shape, found.motion) == (False, False, True)
+
+
+@pytest.mark.parametrize("frames", ["reversed", "one jumps", "empty", "frozen"])
+def test_a_wrong_track_is_a_miss(frames: str) -> None:
+    combination = Combination("red", "circle", "right")
+    pixels = draw_clip(combination, "dark", np.random.default_rng(0)).pixels
+    wrong = {
+        "reversed": pixels[::-1],
+        "one jumps": pixels[[0, 1, 2, 12, 4, 5, 6, 7, 8, 9, 10, 11, 12]],
+        "empty": np.concatenate([pixels[:-1], np.full_like(pixels[:1], 26)]),
+        "frozen": pixels[[6] * 13],
+    }[frames]
+    assert not score(wrong, "red", "circle", "right").motion
+
+
+def test_a_caption_names_what_it_is_of() -> None:
+    combination = Combination("red", "circle", "left")
+    assert canonical(combination) == "a red circle moving left"
+    chance = random.Random(0)
+    captions = {paraphrase(combination, "dark", chance) for _ in range(300)}
+    assert len(captions) > 200
+    assert all("red" in caption for caption in captions)
+    assert all("left" in caption for caption in captions)
+    assert not any("light" in caption or "bright" in caption for caption in captions)
+    places = {caption.split()[0] in ("on", "against", "over", "with") for caption in captions}
+    assert places == {True, False}
+
+
+def test_no_caption_is_longer_than_the_model_reads() -> None:
+    tokenizer = make_tokenizer(1)
+    chance = random.Random(0)
+    for combination in all_combinations():
+        caption = paraphrase(combination, "light", chance)
+        assert len(tokenizer(f"<|im_start|>{caption}<|im_end|>").input_ids) <= 32
+    assert tokenizer.decode(tokenizer("Zürich 猫 🎬").input_ids) == "zürich 猫 🎬"
+
+
+def test_unclamped_decoding_is_the_decoder_without_its_clamp() -> None:
+    vae = make_vae().eval()
+    latents = 3 * torch.randn(1, 8, 3, 4, 4)
+    with torch.no_grad():
+        expected = vae.decode(latents).sample
+        assert torch.equal(_decode_unclamped(vae, latents).clamp(-1, 1), expected)
+
+
+class Interrupted(Exception):
+    """Somebody pulled the plug."""
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
+    def train(saved_at: Path, interrupt_at: int | None) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 4)
+        optimizer = torch.optim.AdamW(layer.parameters(), 0.1)
+
+        def step(index: int) -> dict[str, float]:
+            if index == interrupt_at:
+                raise Interrupted
+            torch.manual_seed(index)
+            loss = layer(torch.randn(8, 4)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return {"loss": loss.item()}
+
+        run_steps("test", 10, {"layer": layer, "optimizer": optimizer}, step, saved_at)
+        return layer.weight.detach()
+
+    whole = train(tmp_path / "whole.pt", None)
+    import training.loop
+
+    original = training.loop.SAVE_EVERY_S
+    training.loop.SAVE_EVERY_S = 0.0
+    try:
+        with pytest.raises(Interrupted):
+            train(tmp_path / "parts.pt", 6)
+    finally:
+        training.loop.SAVE_EVERY_S = original
+    assert torch.equal(train(tmp_path / "parts.pt", None), whole)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_training_makes_a_checkpoint_that_generates(tmp_path: Path) -> None:
+    vae = train_vae(tmp_path, seed=1, num_steps=2)
+    clips = encode_clips(vae, 1, tmp_path / "clips.pt", clips_per_caption=1)
+    assert not any(is_held_out(combination) for combination in clips.combinations)
+    assert clips.latents.mean().abs() < 0.01
+    assert (clips.latents.std() - 1).abs() < 0.01
+    tokenizer = make_tokenizer(1)
+    text_encoder = make_text_encoder(len(tokenizer))
+    transformer = train_denoiser(clips, tokenizer, text_encoder, tmp_path, seed=1, num_steps=2)
+    text_encoder.eval()
+    with torch.no_grad():
+        trained = encode_captions(tokenizer, text_encoder, ["a red circle"])[0]
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(folder, vae, tokenizer, text_encoder, transformer)
+    generator = Generator(folder)
+    assert generator.model.manifest.sha256 == load_model(folder).manifest.sha256
+    request = generator.model.resolve({"prompt": "a red circle"})
+    served = generator.encoder.encode(request, None).positive
+    np.testing.assert_allclose(served, trained.numpy(), atol=0.05)
+    prompt = make_prompts(True, 1, 1)[0]
+    assert generator.generate(prompt, f_patch_size=4).shape == (13, 64, 64, 3)
