@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from credits.accounts import Unauthenticated
 from credits.ledger import AlreadySettled, InsufficientCredits
 from credits.plans import PlanForbids, TooManyJobs
+from deployments.origin import ForeignPackage
 from jobs.store import JobNotFound, LeaseLost
 from media.encode import MediaEncodingFailed
 from media.object_store import ObjectNotFound
@@ -38,20 +39,6 @@ class VideoNotReady(Exception):
 
     def __str__(self) -> str:
         return f"video {self.job_id} has no content: it is {self.state}"
-
-
-class ForeignPackage(Exception):
-    """A package of another project shadows one of ours."""
-
-    def __init__(self, package: str, found: str, expected: str) -> None:
-        super().__init__(package, found, expected)
-        self.package, self.found, self.expected = package, found, expected
-
-    def __str__(self) -> str:
-        return (
-            f"the package {self.package!r} was imported from {self.found}, not from "
-            f"{self.expected}: start Ray with PYTHONPATH set to the project's folder"
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from sqlalchemy import Engine
 
 from credits.accounts import Account
 from credits.pricing import WorkWeights
-from deployments.app import PACKAGES
 from deployments.errors import ANSWERS, INTERNAL, answer_for
+from deployments.origin import PACKAGES
 from deployments.settlement import Ending, WorkDone, settle
 from jobs.job import JobState, Phase, Progress
 from jobs.store import lease, record

@@ -16,7 +16,7 @@ from PIL import Image
 
 from client.client import ApiError, Client, Event
 from credits.accounts import find_account
-from deployments.app import LOCAL_ACCOUNT
+from deployments.chain import LOCAL_ACCOUNT
 from deployments.database import open_database, reader
 from tests.serve.conftest import Cluster, until, wait_until
 from training.attributes import read_attributes

@@ -1,7 +1,8 @@
 """The configuration is validated whole; secrets are made once and read by their owner alone."""
 
+import os
+import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.app import PACKAGES, build, check_origin
+from deployments.app import build
 from deployments.config import AppConfig, read_or_create_secret, read_settings
-from deployments.errors import ForeignPackage
 from deployments.launch import port_is_free
+from deployments.origin import PACKAGES, check_origin
 from models.catalog import WeightsMissing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,20 +58,30 @@ def test_a_deploy_without_its_checkpoint_names_the_file(tmp_path: Path, monkeypa
     monkeypatch.setenv("MUTOSCOPE_HOME", str(tmp_path))
     models = [{"path": str(tmp_path / "none"), "served_on": [{"tier": "local"}]}]
     with pytest.raises(WeightsMissing, match=r"none/manifest\.json"):
-        build(AppConfig.model_validate({**ARGS, "models": models}))
+        build({**ARGS, "models": models})
 
 
 def test_our_packages_are_ours() -> None:
-    check_origin(ROOT)
+    check_origin()
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_a_foreign_package_fails_the_deploy_by_name(monkeypatch: Any, package: str) -> None:
-    foreign = types.ModuleType(package)
-    foreign.__file__ = f"/elsewhere/{package}/__init__.py"
-    monkeypatch.setitem(sys.modules, package, foreign)
-    with pytest.raises(ForeignPackage, match=f"'{package}'.*elsewhere"):
-        check_origin(ROOT)
+@pytest.mark.parametrize("package", [name for name in PACKAGES if name != "deployments"])
+def test_a_foreign_package_fails_the_deploy_by_name(tmp_path: Path, package: str) -> None:
+    foreign = tmp_path / package
+    foreign.mkdir()
+    (foreign / "__init__.py").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", "from deployments.app import build; build({})"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("deployments.origin.ForeignPackage")
+    assert f"'{package}' would be imported from {foreign}" in last
 
 
 def test_a_secret_is_made_once_and_private(tmp_path: Path) -> None:
