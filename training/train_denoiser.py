@@ -19,7 +19,7 @@ from training.clips import BACKGROUNDS, Combination, all_combinations, draw_clip
 from training.loop import MovingAverage, run_steps
 from training.train_vae import to_model_range
 
-NUM_STEPS = 5000
+NUM_STEPS = 4600
 ENCODE_BATCH = 20
 CLIPS_PER_CAPTION = 30
 BATCH_SIZE = 32
@@ -29,7 +29,7 @@ START_FRAME_SHARE = 0.15
 FOREGROUND_WEIGHT, FIRST_FRAME_WEIGHT = 4.0, 1.5
 # Noise levels lean to the noisy end, where layout and motion are decided, and later less so, for
 # the shapes' corners.
-LAYOUT_SHARE, LAYOUT_SHIFT, DETAIL_SHIFT, SHIFTED_SHARE = 0.57, 5.0, 3.0, 0.7
+LAYOUT_SHARE, LAYOUT_SHIFT, DETAIL_SHIFT, SHIFTED_SHARE = 0.62, 5.0, 3.0, 0.7
 F_PATCH_SHARES = {1: 0.45, 2: 0.3, 4: 0.25}
 MAX_TEXT_TOKENS = 32
 
