@@ -1,6 +1,7 @@
 PYTHON ?= python3.11
 PORT ?= 8000
-PROMPT ?= a red circle moving right
+PROMPT = a red circle moving right
+export PROMPT
 BIN := .venv/bin
 export RAY_AUTH_MODE := token
 export RAY_USAGE_STATS_ENABLED := 0
@@ -18,7 +19,7 @@ setup: .venv/.ready
 	touch $@
 
 demo: setup
-	@$(BIN)/python -m client.demo "$(PROMPT)"
+	@$(BIN)/python -m client.demo "$$PROMPT"
 
 serve: setup
 	@exec $(BIN)/python -m deployments.launch --port $(PORT)

@@ -1,5 +1,6 @@
 """The HTTP client: create, follow, download; finds a local server's address and key by itself."""
 
+import contextlib
 import json
 import os
 import time
@@ -108,16 +109,16 @@ class Client:
 
     def follow(self, video_id: str) -> Iterator[Event]:
         """The video's events to the last one; after a break, on from where it broke."""
-        seq = 0
-        for _ in range(MAX_RECONNECTS):
-            try:
+        seq = failures = 0
+        while failures < MAX_RECONNECTS:
+            with contextlib.suppress(httpx.TransportError):
                 for event in self._stream(video_id, seq):
-                    seq = event.seq
+                    seq, failures = event.seq, 0
                     yield event
                     if event.kind in LAST_EVENTS:
                         return
-            except httpx.TransportError:
-                time.sleep(RECONNECT_S)
+            failures += 1
+            time.sleep(RECONNECT_S)
         raise ApiError(0, "disconnected", f"lost the server while following {video_id}")
 
     def download(self, video_id: str, path: Path) -> int:

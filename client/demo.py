@@ -1,5 +1,6 @@
 """`make demo`: start the cluster, make one video through it, stop it, leave nothing behind."""
 
+import fcntl
 import os
 import signal
 import socket
@@ -18,6 +19,11 @@ def main() -> None:
     """The whole life of a small cluster."""
     prompt = " ".join(sys.argv[1:]) or "a red circle moving right"
     started_s = time.monotonic()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(130))
+    if home_is_in_use():
+        os.environ["MUTOSCOPE_HOME"] = str(Path("out/demo-home").absolute())
+        print("a server is running: the demo uses out/demo-home as its home folder")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -29,8 +35,6 @@ def main() -> None:
         text=True,
         start_new_session=True,
     )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(130))
     try:
         assert server.stdout is not None
         ready = server.stdout.readline()
@@ -49,6 +53,19 @@ def main() -> None:
         server.terminate()
         server.wait(STOP_TIMEOUT_S)
         print(f"all done in {time.monotonic() - started_s:.1f} s", flush=True)
+
+
+def home_is_in_use() -> bool:
+    """Whether a server holds the lock of the home folder."""
+    lock = Path(os.environ.get("MUTOSCOPE_HOME") or Path.home() / ".mutoscope") / "lock"
+    if not lock.exists():
+        return False
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 if __name__ == "__main__":

@@ -83,7 +83,9 @@ class Admission:
         with self.engine.begin() as connection:
             account = find_account(connection, account_id)
             assert account is not None
-            max_jobs = account.max_jobs or self.plans.limits[account.plan].max_jobs
+            max_jobs = account.max_jobs
+            if max_jobs is None:
+                max_jobs = self.plans.limits[account.plan].max_jobs
             if count_open(connection, account.id) >= max_jobs:
                 raise TooManyJobs(max_jobs)
             return enqueue(

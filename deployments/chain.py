@@ -5,21 +5,8 @@ from pathlib import Path
 from ray import serve
 from ray.serve import Application
 
-from credits.accounts import (
-    AccountId,
-    Unauthenticated,
-    account_of_key,
-    add_api_key,
-    create_account,
-    find_account,
-    hash_api_key,
-    new_api_key,
-)
-from credits.ledger import grant
-from credits.pricing import Credits
 from deployments.admission import Offer
-from deployments.config import AppConfig, Settings, read_or_create_secret, read_settings
-from deployments.database import migrate, open_database
+from deployments.config import AppConfig, read_settings
 from deployments.denoiser import Denoiser
 from deployments.ingress import Ingress, IngressParts
 from deployments.media_encoder import MediaEncoder
@@ -30,13 +17,14 @@ from media.object_store import LocalObjectStore
 from models.catalog import Model, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCAL_ACCOUNT = AccountId("local")
 
 
 def bind_chain(config: AppConfig) -> Application:
-    """Check the checkpoints, migrate the database, and bind every deployment."""
+    """Check the checkpoints and bind every deployment.
+
+    Serve may run this on any node: only the replicas touch the home folder and the database.
+    """
     settings = read_settings(config)
-    prepare_database(config, settings)
     offers = _read_offers(config)
     store = LocalObjectStore(settings.storage)
     decoders, denoisers = {}, {}
@@ -69,8 +57,9 @@ def bind_chain(config: AppConfig) -> Application:
         config.work_weights,
     )
     parts = IngressParts(
+        home=settings.home,
         database_url=settings.database_url,
-        pepper=settings.pepper,
+        local_account=config.local_account,
         store=store,
         offers=offers,
         prices=config.prices,
@@ -79,25 +68,6 @@ def bind_chain(config: AppConfig) -> Application:
         limits=config.limits,
     )
     return serve.deployment()(Ingress).bind(parts, pipeline)
-
-
-def prepare_database(config: AppConfig, settings: Settings) -> None:
-    """Migrate, and make the local account with the key of MUTOSCOPE_HOME if one is configured."""
-    engine = open_database(settings.database_url)
-    migrate(engine)
-    if config.local_account is not None:
-        api_key = read_or_create_secret(settings.home / "api_key", new_api_key())
-        key_hash = hash_api_key(api_key, settings.pepper)
-        with engine.begin() as connection:
-            if find_account(connection, LOCAL_ACCOUNT) is None:
-                plan = config.local_account.plan
-                create_account(connection, LOCAL_ACCOUNT, "local", plan, key_hash)
-                grant(connection, LOCAL_ACCOUNT, Credits(config.local_account.credits))
-            try:
-                account_of_key(connection, key_hash)
-            except Unauthenticated:  # the key file was deleted and made anew
-                add_api_key(connection, LOCAL_ACCOUNT, key_hash)
-    engine.dispose()
 
 
 def _read_offers(config: AppConfig) -> dict[str, Offer]:

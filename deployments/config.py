@@ -1,7 +1,6 @@
 """The configuration: one tree, validated once, and the only place that reads the environment."""
 
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -95,22 +94,19 @@ class AppConfig(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the environment adds to the configuration. pepper keys the hashes of API keys."""
+    """What the environment adds to the configuration."""
 
     home: Path
     database_url: str
     storage: Path
-    pepper: bytes
 
 
 def read_settings(config: AppConfig) -> Settings:
-    """Read MUTOSCOPE_HOME and the database's URL; makes the home folder and its pepper."""
+    """Read MUTOSCOPE_HOME and the database's URL; touches no file."""
     home = home_folder()
-    home.mkdir(parents=True, exist_ok=True)
     url = os.environ.get(config.database_url_env) or f"sqlite:///{home / 'mutoscope.db'}"
     storage = config.storage.directory or home / "storage"
-    pepper = read_or_create_secret(home / "pepper", secrets.token_hex(32))
-    return Settings(home, url, storage, pepper.encode())
+    return Settings(home, url, storage)
 
 
 def home_folder() -> Path:

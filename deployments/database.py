@@ -5,7 +5,7 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
 
 ROOT = Path(__file__).resolve().parent.parent
 BUSY_TIMEOUT_S = 30
@@ -15,6 +15,9 @@ def open_database(url: str) -> Engine:
     """An engine whose transactions are serialised: on SQLite each begins as a writer."""
     if not url.startswith("sqlite"):
         raise ValueError(f"only sqlite databases are supported, not {url.split(':')[0]!r}")
+    database = make_url(url).database
+    if database:
+        Path(database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin)

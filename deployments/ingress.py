@@ -1,6 +1,8 @@
 """The HTTP door: authenticates, admits, shows; any replica answers any request."""
 
+import secrets
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,9 +14,10 @@ from ray.serve.handle import DeploymentHandle
 from credits.plans import PlanTable
 from credits.pricing import PriceTable, WorkWeights
 from deployments.admission import Admission, Offer
-from deployments.config import LimitsConfig
-from deployments.database import open_database
+from deployments.config import LimitsConfig, LocalAccountConfig, read_or_create_secret
+from deployments.database import migrate, open_database
 from deployments.errors import ANSWERS, envelope, install_error_handlers
+from deployments.local_account import ensure_local_account
 from deployments.video_routes import VideoRoutes, Waker
 from media.object_store import LocalObjectStore
 from models.request import InvalidRequest
@@ -24,8 +27,9 @@ from models.request import InvalidRequest
 class IngressParts:
     """All that an ingress replica is made of; plain values, so that it can be pickled."""
 
+    home: Path
     database_url: str
-    pepper: bytes
+    local_account: LocalAccountConfig | None
     store: LocalObjectStore
     offers: dict[str, Offer]
     prices: PriceTable
@@ -53,12 +57,15 @@ class Ingress:
 
 
 def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
-    """The ASGI application; needs no Ray."""
+    """The ASGI application over a database that it migrates first; needs no Ray."""
+    parts.home.mkdir(parents=True, exist_ok=True)
+    pepper = read_or_create_secret(parts.home / "pepper", secrets.token_hex(32)).encode()
     engine = open_database(parts.database_url)
+    migrate(engine)
+    if parts.local_account is not None:
+        ensure_local_account(engine, parts.local_account, parts.home, pepper)
     admission = Admission(engine, parts.store, parts.offers, parts.prices, parts.plans)
-    routes = VideoRoutes(
-        engine, admission, parts.store, parts.pepper, parts.limits, parts.weights, wake
-    )
+    routes = VideoRoutes(engine, admission, parts.store, pepper, parts.limits, parts.weights, wake)
     app = FastAPI(title="Mutoscope", version="0.1.0")
     install_error_handlers(app)
     app.add_exception_handler(RequestValidationError, _answer_validation)

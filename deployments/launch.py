@@ -4,6 +4,7 @@ It owns what it starts: SIGINT and SIGTERM end every process of the cluster and 
 """
 
 import argparse
+import fcntl
 import logging
 import os
 import secrets
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 import psutil
 import yaml
@@ -22,6 +24,7 @@ from deployments.config import home_folder
 ROOT = Path(__file__).resolve().parent.parent
 READY_TIMEOUT_S = 300.0
 GRACE_S = 3.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(SystemExit):
@@ -44,13 +47,16 @@ def main() -> None:
     host, port = config["http_options"]["host"], config["http_options"]["port"]
     if not port_is_free(host, port):
         sys.exit(f"{host}:{port} is in use; choose another with PORT=")
+    home = home_folder()
+    lock = lock_home(home)
+    if lock is None:
+        sys.exit(f"another server uses {home}; stop it or choose another MUTOSCOPE_HOME")
     # Explicitly, since a shell starts background jobs with SIGINT ignored.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, _stop)
     try:
         start_cluster(config)
         url = f"http://{host}:{port}"
-        home = home_folder()
         (home / "url").write_text(url)
         print(f"Mutoscope is ready at {url}", flush=True)
         print(f"API key: {(home / 'api_key').read_text()}  ({home / 'api_key'})", flush=True)
@@ -60,6 +66,7 @@ def main() -> None:
         sys.exit(f"the deployment failed:\n{failure}")
     finally:
         stop_cluster()
+        (home / "url").unlink(missing_ok=True)
 
 
 def port_is_free(host: str, port: int) -> bool:
@@ -71,6 +78,18 @@ def port_is_free(host: str, port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def lock_home(home: Path) -> TextIO | None:
+    """Hold the home folder for this process, or None: two servers would share its jobs."""
+    home.mkdir(parents=True, exist_ok=True)
+    lock = (home / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
 
 
 def start_cluster(config: dict[str, object]) -> None:
@@ -101,7 +120,7 @@ def start_cluster(config: dict[str, object]) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
-    for number in (signal.SIGINT, signal.SIGTERM):  # ray.init puts its own in their place
+    for number in SIGNALS:  # ray.init puts its own in their place
         signal.signal(number, _stop)
     # What `serve run` and `serve deploy` do with a config file; Serve has no public call for it.
     client = serve_start(
@@ -138,7 +157,7 @@ def stop_cluster() -> None:
     The database holds all that matters, so nothing is drained: jobs that run go on at the next
     start, when their leases have run out.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     started = psutil.Process().children(recursive=True)
     import ray

@@ -1,6 +1,7 @@
 """The stage that pulls frames from the decoder, writes the MP4 and publishes it."""
 
 import asyncio
+import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -10,9 +11,12 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from deployments.messages import Denoised, Encoding, Published
+from deployments.settlement import video_key
 from media.encode import Mp4Encoder
 from media.object_store import ObjectStore
 from models.request import VideoRequest
+
+SCRATCH_S = 3600.0
 
 
 class MediaEncoder:
@@ -24,6 +28,9 @@ class MediaEncoder:
         self.store = store
         self.scratch = scratch
         self.scratch.mkdir(parents=True, exist_ok=True)
+        for left in self.scratch.iterdir():  # by a replica that was killed
+            if time.time() - left.stat().st_mtime > SCRATCH_S:
+                shutil.rmtree(left, ignore_errors=True)
         self.decoders: dict[str, Any] = {
             tier: handle.options(method_name="decode", stream=True)
             for tier, handle in decoders.items()
@@ -36,7 +43,7 @@ class MediaEncoder:
 
         Only the reference in `denoised` passes through here; the decoder reads the latents.
         """
-        key = f"videos/{job_id}.mp4"
+        key = video_key(job_id)
         decode_s = media_s = 0.0
         frame = 0
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:

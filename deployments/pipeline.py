@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import functools
+import itertools
 import logging
 import time
 import uuid
@@ -11,11 +13,13 @@ from typing import Any
 from ray.exceptions import ObjectLostError, RayActorError, WorkerCrashedError
 from ray.serve.handle import DeploymentHandle
 
+from credits.ledger import AlreadySettled
 from credits.pricing import WorkWeights
 from deployments.config import LeaseConfig, TierConfig
-from deployments.database import open_database, reader
+from deployments.database import migrate, open_database, reader
 from deployments.errors import answer_for
 from deployments.messages import Denoised, Encoded, Encoding, Published
+from deployments.purge import Purger
 from deployments.settlement import Ending, WorkDone, cancellation, settle
 from jobs.job import Job, JobId, JobState, Phase, Progress
 from jobs.store import (
@@ -23,8 +27,6 @@ from jobs.store import (
     cancelled_of,
     extend_leases,
     lease,
-    mark_purged,
-    purgeable,
     record,
 )
 from media.object_store import ObjectStore
@@ -32,6 +34,9 @@ from models.request import VideoRequest
 
 logger = logging.getLogger("ray.serve")
 
+BACKOFF_S = 0.5
+PURGE_S = 1.0
+INPUTS_EVERY = 60
 WORKER_LOST = (RayActorError, ObjectLostError, WorkerCrashedError)
 
 
@@ -54,6 +59,7 @@ class VideoPipeline:
         weights: WorkWeights,
     ) -> None:
         self.engine = open_database(database_url)
+        migrate(self.engine)
         self.store = store
         self.text_encoder = text_encoder
         self.denoisers: dict[str, Any] = {
@@ -68,15 +74,23 @@ class VideoPipeline:
         self.running: dict[JobId, asyncio.Task[None]] = {}
         self.tier_of: dict[JobId, str] = {}
         self.cancelled: set[JobId] = set()
+        self.purger = Purger(self.engine, store)
         self.wanted = asyncio.Event()
+        self.cancel_wanted = asyncio.Event()
         self.loops = [
             asyncio.create_task(loop)
-            for loop in (self._lease_jobs(), self._extend_leases(), self._watch_cancellations())
+            for loop in (
+                self._lease_jobs(),
+                self._extend_leases(),
+                self._watch_cancellations(),
+                self._purge(),
+            )
         ]
 
     def wake(self) -> None:
-        """A job was queued or a video deleted: look now instead of at the next poll."""
+        """A job was queued or is to be cancelled: look now instead of at the next poll."""
         self.wanted.set()
+        self.cancel_wanted.set()
 
     def check_health(self) -> None:
         """Fail, and so be replaced, if one of the loops has ended."""
@@ -90,10 +104,17 @@ class VideoPipeline:
             self.wanted.clear()
             for job in await asyncio.to_thread(self._lease_free_slots):
                 self.tier_of[job.id] = job.tier
-                self.running[job.id] = asyncio.create_task(self._run(job))
-            await asyncio.to_thread(self._purge)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.wanted.wait(), timeout=10 * self.leases.poll_s)
+                task = asyncio.create_task(self._run(job))
+                task.add_done_callback(functools.partial(self._forget, job.id))
+                self.running[job.id] = task
+            await _wait(self.wanted, 10 * self.leases.poll_s)
+
+    def _forget(self, job_id: JobId, _task: "asyncio.Task[None]") -> None:
+        """Also runs for a task that was cancelled before its first step."""
+        self.running.pop(job_id, None)
+        self.tier_of.pop(job_id, None)
+        self.cancelled.discard(job_id)
+        self.wanted.set()
 
     def _lease_free_slots(self) -> list[Job]:
         leased: list[Job] = []
@@ -101,7 +122,9 @@ class VideoPipeline:
         for tier in self.tiers:
             for _ in range(tier.jobs_at_once - taken.count(tier.tier)):
                 with self.engine.begin() as connection:
-                    job = lease(connection, self.owner, [tier.tier], self._lease_ms())
+                    job = lease(
+                        connection, self.owner, [tier.tier], self._lease_ms(), set(self.running)
+                    )
                 if job is None:
                     break
                 leased.append(job)
@@ -121,7 +144,8 @@ class VideoPipeline:
 
     async def _watch_cancellations(self) -> None:
         while True:
-            await asyncio.sleep(self.leases.poll_s)
+            await _wait(self.cancel_wanted, self.leases.poll_s)
+            self.cancel_wanted.clear()
             if self.running:
                 for job_id in await asyncio.to_thread(self._read_cancellations):
                     if job_id in self.running and job_id not in self.cancelled:
@@ -132,15 +156,12 @@ class VideoPipeline:
         with reader(self.engine).begin() as connection:
             return cancelled_of(connection, self.owner)
 
-    def _purge(self) -> None:
-        """Delete the files of deleted videos; a kill between the two only repeats it."""
-        with reader(self.engine).begin() as connection:
-            jobs = purgeable(connection)
-        for job in jobs:
-            assert job.video_key is not None
-            self.store.delete(job.video_key)
-            with self.engine.begin() as connection:
-                mark_purged(connection, job.id)
+    async def _purge(self) -> None:
+        for round_number in itertools.count():
+            await asyncio.to_thread(self.purger.purge_videos)
+            if round_number % INPUTS_EVERY == 0:
+                await asyncio.to_thread(self.purger.purge_inputs)
+            await asyncio.sleep(PURGE_S)
 
     def _lease_ms(self) -> int:
         return int(self.leases.lease_s * 1000)
@@ -151,12 +172,8 @@ class VideoPipeline:
         try:
             ending = await self._run_to_ending(job, done)
             await asyncio.to_thread(self._settle, job, done, ending)
-        except LeaseLost:
+        except (LeaseLost, AlreadySettled):
             logger.warning("job %s: the lease is lost", job.id)
-        finally:
-            del self.running[job.id], self.tier_of[job.id]
-            self.cancelled.discard(job.id)
-            self.wanted.set()
 
     def _settle(self, job: Job, done: WorkDone, ending: Ending) -> None:
         settle(
@@ -171,8 +188,11 @@ class VideoPipeline:
 
     async def _run_to_ending(self, job: Job, done: WorkDone) -> Ending:
         """Start the stages over while workers are lost; any other fault ends the job."""
+        if job.cancel_requested:
+            return cancellation()
         for attempt in range(job.attempt, self.leases.max_attempts + 1):
             try:
+                await asyncio.sleep((attempt - job.attempt) * BACKOFF_S)
                 return await self._run_stages(job, done)
             except asyncio.CancelledError:
                 if job.id in self.cancelled:
@@ -269,6 +289,12 @@ class StageClock:
         now_s = time.monotonic()
         self.seconds[stage] = now_s - self.last_s
         self.last_s = now_s
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    """Return when the event is set or the time is over."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout_s)
 
 
 @contextlib.asynccontextmanager

@@ -62,13 +62,16 @@ class CreateBody:
         """The complete request for a model; InvalidRequest names the faulty field."""
         fields = dict(self.fields)
         _check_texts(fields, limits)
+        for one, others in (("size", ("width", "height")), ("seconds", ("num_frames",))):
+            for other in others:
+                if one in fields and other in fields:
+                    raise InvalidRequest(other, f"{one} and {other} exclude each other")
         if "size" in fields:
             fields["width"], fields["height"] = _parse_size(fields.pop("size"))
         if "seconds" in fields:
             seconds = _parse_seconds(fields.pop("seconds"))
             fps = fields.get("fps", model.manifest.defaults.fps)
-            if "num_frames" not in fields:
-                fields["num_frames"] = round(seconds * _parse_fps(fps))
+            fields["num_frames"] = round(seconds * _parse_fps(fps))
         if self.start_image is not None:
             check_start_image(
                 self.start_image, max_pixels=limits.max_image_pixels, param="input_reference"

@@ -80,7 +80,14 @@ def settle(
         finish(connection, job.id, lease_owner=lease_owner, outcome=outcome)
     if request.start_image is not None:
         store.delete(request.start_image)
+    if ending.video_key is None:
+        store.delete(video_key(job.id))  # published, but cancelled or lost before the end
     return outcome
+
+
+def video_key(job_id: str) -> str:
+    """Where a job's video lies in the object store."""
+    return f"videos/{job_id}.mp4"
 
 
 def cancellation() -> Ending:

@@ -133,7 +133,7 @@ class VideoRoutes:
         body = await read_create_body(request, self.limits)
         model = self.admission.offer(body.model).model
         body = CreateBody(body.model, {"prompt": "-", **body.fields}, body.start_image)
-        resolved = body.resolve(model, self.limits)
+        resolved = await run_in_threadpool(body.resolve, model, self.limits)
         return quote_json(resolved, model, self.admission.quote(resolved))
 
     def list_videos(
@@ -191,10 +191,12 @@ class VideoRoutes:
                 )
             except (LeaseLost, AlreadySettled):  # leased or ended meanwhile: go on as it now stands
                 job = self._find(request, video_id)
+        was_final = job.state in FINAL_STATES
         with self.engine.begin() as connection:
+            job = get_job(connection, video_id)
             if job.state is JobState.RUNNING:
                 request_cancel(connection, job.id)
-            elif job.state in FINAL_STATES:
+            elif was_final or job.state is JobState.SUCCEEDED:
                 mark_deleted(connection, job.id)
         self.wake()
         return {"id": job.id, "object": "video.deleted", "deleted": True}

@@ -96,6 +96,12 @@ jobs = Table(
     CheckConstraint("(state = 'running') = (lease_owner IS NOT NULL)", name="running_is_leased"),
     Index("jobs_of_account", "account_id", "number"),
     Index("jobs_open", "state", "tier", "priority", "number"),
+    Index(
+        "jobs_purgeable",
+        "number",
+        sqlite_where=text("deleted AND video_key IS NOT NULL"),
+        postgresql_where=text("deleted AND video_key IS NOT NULL"),
+    ),
 )
 
 job_events = Table(
@@ -156,12 +162,22 @@ def count_open(connection: Connection, account_id: str) -> int:
     ).scalar_one()
 
 
-def lease(connection: Connection, owner: str, tiers: Sequence[str], lease_ms: int) -> Job | None:
-    """Take the next job of these tiers: one that is queued, or whose lease has run out."""
+def lease(
+    connection: Connection,
+    owner: str,
+    tiers: Sequence[str],
+    lease_ms: int,
+    but: Collection[JobId] = (),
+) -> Job | None:
+    """Take the next job of these tiers: one that is queued, or whose lease has run out.
+
+    but: jobs that owner is at work on, whose leases it let run out unawares.
+    """
     candidate = (
         select(jobs.c.number)
         .where(
             jobs.c.tier.in_(tiers),
+            jobs.c.id.not_in(but),
             or_(
                 jobs.c.state == JobState.QUEUED,
                 and_(jobs.c.state == JobState.RUNNING, jobs.c.lease_expires_at_ms < now_ms()),

@@ -64,11 +64,11 @@ class LocalObjectStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.incoming = root / ".incoming"
-        self.incoming.mkdir(parents=True, exist_ok=True)
 
     def put(self, key: str, content: bytes | Path) -> ObjectInfo:
         """Store bytes or move a file in, replacing what was there; on disk when it returns."""
         target = self.path(key)
+        self.incoming.mkdir(parents=True, exist_ok=True)
         partial = self.incoming / uuid.uuid4().hex
         if isinstance(content, Path):
             shutil.move(content, partial)

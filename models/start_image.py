@@ -1,6 +1,8 @@
 """Start images: checked at the door without trust, fitted to the frame before encoding."""
 
 import io
+import struct
+import warnings
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,20 +10,33 @@ from PIL import Image, UnidentifiedImageError
 
 from models.request import InvalidRequest
 
+UNREADABLE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 def check_start_image(content: bytes, *, max_pixels: int, param: str) -> tuple[int, int]:
     """Width and height of a readable image; InvalidRequest naming param for anything else."""
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with warnings.catch_warnings():  # above 89 megapixels; the bound below is ours
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(io.BytesIO(content), formats=FORMATS)
+        with opened as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise InvalidRequest(
                     param, f"{param}: {width}x{height} is more than {max_pixels} pixels"
                 )
             image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise InvalidRequest(param, f"{param} is not an image that can be read") from error
     return width, height
 

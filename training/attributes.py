@@ -11,6 +11,8 @@ FOREGROUND_DIFFERENCE = 0.22
 MIN_AREA, MAX_AREA = 0.006, 0.4
 MIN_TRAVEL, STILL_TRAVEL = 0.3, 0.08
 MAX_OFF_TRACK = 0.06
+MAX_HUE_ERROR_DEG, MIN_SATURATION = 8.0, 0.3
+MIN_OVERLAP = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +73,16 @@ def _foreground(frame: NDArray[np.float32]) -> NDArray[np.bool_]:
     return np.asarray(difference > FOREGROUND_DIFFERENCE)
 
 
-def _colour(frame: NDArray[np.float32], mask: NDArray[np.bool_]) -> str:
-    red, green, blue = np.median(frame[mask], axis=0)
+def _colour(frame: NDArray[np.float32], mask: NDArray[np.bool_]) -> str | None:
+    """The named hue within 8 degrees of the shape's median colour, unless that is near grey."""
+    red, green, blue = median = np.median(frame[mask], axis=0)
+    if median.max() - median.min() < MIN_SATURATION * median.max():
+        return None
     hue_deg = np.rad2deg(np.arctan2(np.sqrt(3.0) * (green - blue), 2.0 * red - green - blue))
-    return min(HUES_DEG, key=lambda name: abs((hue_deg - HUES_DEG[name] + 180.0) % 360.0 - 180.0))
+    for name, named_deg in HUES_DEG.items():
+        if abs((hue_deg - named_deg + 180.0) % 360.0 - 180.0) <= MAX_HUE_ERROR_DEG:
+            return name
+    return None
 
 
 def _centroid(mask: NDArray[np.bool_]) -> tuple[float, float]:
@@ -82,8 +90,11 @@ def _centroid(mask: NDArray[np.bool_]) -> tuple[float, float]:
     return float(columns.mean()), float(rows.mean())
 
 
-def _shape(mask: NDArray[np.bool_]) -> str:
-    """The template of equal area and best overlap, its centre searched within 2 pixels."""
+def _shape(mask: NDArray[np.bool_]) -> str | None:
+    """The template of equal area and best overlap, its centre searched within a pixel.
+
+    None if even that one overlaps by less than 0.75 (intersection over union).
+    """
     centre_x, centre_y = _centroid(mask)
     radius_px = float(np.sqrt(mask.sum() / np.pi))
     x, y = np.meshgrid(
@@ -101,7 +112,8 @@ def _shape(mask: NDArray[np.bool_]) -> str:
                 )
                 both = np.logical_and(mask, template).sum() / np.logical_or(mask, template).sum()
                 overlap[shape] = max(overlap[shape], float(both))
-    return max(overlap, key=lambda shape: overlap[shape])
+    best = max(overlap, key=lambda shape: overlap[shape])
+    return best if overlap[best] >= MIN_OVERLAP else None
 
 
 def _motion(masks: list[NDArray[np.bool_]]) -> str | None:

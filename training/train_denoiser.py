@@ -93,7 +93,9 @@ def encode_clips(
             latents.extend(vae.encode(pixels).latent_dist.mode())
             coverage.extend(_latent_coverage(torch.from_numpy(clip.alpha)) for clip in clips)
         saved = {"latents": torch.stack(latents), "coverage": torch.stack(coverage)}
-        torch.save(saved, saved_at)
+        partial = saved_at.with_suffix(".partial")
+        torch.save(saved, partial)
+        partial.replace(saved_at)
     mean = saved["latents"].mean(dim=(0, 2, 3, 4))
     deviation = saved["latents"].std(dim=(0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())

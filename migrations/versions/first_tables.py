@@ -115,6 +115,13 @@ def _create_jobs() -> None:
     )
     op.create_index("jobs_of_account", "jobs", ["account_id", "number"])
     op.create_index("jobs_open", "jobs", ["state", "tier", "priority", "number"])
+    op.create_index(
+        "jobs_purgeable",
+        "jobs",
+        ["number"],
+        sqlite_where=sa.text("deleted AND video_key IS NOT NULL"),
+        postgresql_where=sa.text("deleted AND video_key IS NOT NULL"),
+    )
     op.create_table(
         "job_events",
         sa.Column("job_id", sa.String, sa.ForeignKey("jobs.id"), primary_key=True),

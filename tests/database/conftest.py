@@ -55,12 +55,14 @@ def store(tmp_path: Path) -> LocalObjectStore:
 
 @pytest.fixture
 def door(
-    engine: Engine, database_url: str, store: LocalObjectStore, model: Model
+    engine: Engine, database_url: str, store: LocalObjectStore, model: Model, tmp_path: Path
 ) -> Iterator[Door]:
     offers = {model.id: Offer(model, (ServedOn(tier=GpuTier.LOCAL),))}
+    (tmp_path / "pepper").write_bytes(PEPPER)
     parts = IngressParts(
+        home=tmp_path,
         database_url=database_url,
-        pepper=PEPPER,
+        local_account=None,
         store=store,
         offers=offers,
         prices=PriceTable(),

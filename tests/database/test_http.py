@@ -6,6 +6,8 @@ import io
 import json
 import pickle
 import pkgutil
+import struct
+import zlib
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -115,6 +117,8 @@ def test_json_and_multipart_say_the_same(door: Door, alice: Account, form: Any) 
         ({"prompt": "x", "f_patch_size": 3}, 400, "f_patch_size"),
         ({"prompt": "x", "colour": "red"}, 400, "colour"),
         ({"prompt": "x", "num_steps": 3, "steps": 3}, 400, "steps"),
+        ({"prompt": "x", "size": "64x64", "width": 64}, 400, "width"),
+        ({"prompt": "x", "seconds": "1", "num_frames": 8}, 400, "num_frames"),
         ({"prompt": "x", "model": "sora-2"}, 404, "model"),
         ({"prompt": "x", "model": 2}, 400, "model"),
         ({"prompt": "x", "input_reference": "http://x/y.png"}, 400, "input_reference"),
@@ -173,6 +177,23 @@ def test_a_body_that_is_too_long_is_413(engine: Engine, door: Door, alice: Accou
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "too_large"
     assert read_account(engine, "alice") == alice
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that promises that size and ends."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    checked = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + checked
+
+
+@pytest.mark.parametrize("side", [1000, 10_000, 20_000])
+def test_an_image_of_too_many_pixels_is_never_decoded(
+    door: Door, alice: Account, side: int
+) -> None:
+    files = {"input_reference": ("x.png", png_header(side, side))}
+    response = door.as_account()("POST", "/v1/videos", data={"prompt": "x"}, files=files)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "input_reference"
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", png(200, 100), png()[:50]])

@@ -16,6 +16,7 @@ from credits.accounts import metadata as credits_metadata
 from credits.plans import TooManyJobs
 from credits.pricing import WorkWeights
 from deployments.database import migrate, open_database, reader
+from deployments.purge import Purger
 from deployments.settlement import Ending, WorkDone, cancellation, settle
 from jobs.job import Job, JobState, Outcome, Phase, Progress
 from jobs.store import (
@@ -350,3 +351,59 @@ def test_a_database_is_one_file_in_its_folder(tmp_path: Path, engine: Engine) ->
     with engine.connect() as connection:
         assert connection.execute(text("PRAGMA journal_mode")).scalar_one() == "wal"
         assert connection.execute(text("PRAGMA synchronous")).scalar_one() == 2
+
+
+def test_a_start_image_that_a_kill_left_behind_is_deleted_when_seen_twice(
+    engine: Engine, store: LocalObjectStore, an_account: AnAccount, a_job: AJob
+) -> None:
+    open_job = a_job(an_account())
+    purger = Purger(engine, store)
+    for key in (f"inputs/{open_job.id}", "inputs/video_orphan"):
+        store.put(key, b"image")
+    purger.purge_inputs()
+    assert len(list(store.list("inputs/"))) == 2
+    purger.purge_inputs()
+    assert [info.key for info in store.list("inputs/")] == [f"inputs/{open_job.id}"]
+
+
+def test_a_file_that_cannot_be_deleted_is_left_for_later(
+    engine: Engine, store: LocalObjectStore, an_account: AnAccount, a_job: AJob
+) -> None:
+    job = a_job(an_account())
+    lease_now(engine)
+    finish_now(engine, job, "me")
+    with engine.begin() as connection:
+        mark_deleted(connection, job.id)
+    obstacle = store.path("videos/x")
+    obstacle.mkdir(parents=True)
+    purger = Purger(engine, store)
+    purger.purge_videos()
+    with engine.begin() as connection:
+        assert len(purgeable(connection)) == 1
+    obstacle.rmdir()
+    store.put("videos/x", b"video")
+    purger.purge_videos()
+    with engine.begin() as connection:
+        assert purgeable(connection) == []
+    assert not obstacle.exists()
+
+
+def test_a_video_that_was_published_in_vain_is_deleted(
+    engine: Engine, store: LocalObjectStore, an_account: AnAccount, a_job: AJob
+) -> None:
+    job = a_job(an_account())
+    lease_now(engine)
+    store.put(f"videos/{job.id}.mp4", b"video")
+    settle_now(engine, store, job, WorkDone(1, 3, 13, 1), cancellation())
+    assert list(store.list("")) == []
+
+
+def test_a_holder_does_not_lease_its_own_job_again(
+    engine: Engine, an_account: AnAccount, a_job: AJob
+) -> None:
+    job = a_job(an_account())
+    lease_now(engine, "me")
+    let_leases_expire(engine)
+    with engine.begin() as connection:
+        assert lease(connection, "me", ["local"], 1000, {job.id}) is None
+    assert lease_now(engine, "other") is not None

@@ -16,8 +16,8 @@ from PIL import Image
 
 from client.client import ApiError, Client, Event
 from credits.accounts import find_account
-from deployments.chain import LOCAL_ACCOUNT
 from deployments.database import open_database, reader
+from deployments.local_account import LOCAL_ACCOUNT
 from tests.serve.conftest import Cluster, until, wait_until
 from training.attributes import read_attributes
 from training.captions import canonical
@@ -135,10 +135,11 @@ def test_deleting_a_running_video_stops_it_within_a_step_and_refunds_the_rest(
     before = client.credits()["available"]
     video = client.create(LONG)
     until(client, video["id"], lambda event: event.data["step"] >= 5)
-    asked_s = time.monotonic()
     client.delete(video["id"])
+    deleted_ms = time.time() * 1000
     receipt = finish(client, video["id"])
-    assert time.monotonic() - asked_s < 5
+    late = [e for e in client.follow(video["id"]) if e.data["created_at_ms"] > deleted_ms]
+    assert sum(event.data["phase"] == "denoise" for event in late) <= 2
     assert (receipt["status"], receipt["error"]["code"]) == ("failed", "cancelled")  # type: ignore[index]
     charged, quoted = receipt["charged"], receipt["quoted"]
     assert isinstance(charged, int)
@@ -196,9 +197,9 @@ def test_the_key_file_is_its_owners_alone(cluster: Cluster) -> None:
 
 def test_nothing_is_written_but_what_belongs_into_the_home(cluster: Cluster) -> None:
     names = {path.name for path in cluster.home.iterdir()}
-    assert {"api_key", "pepper", "url", "mutoscope.db", "storage", "scratch"} <= names
     assert {name.removesuffix("-wal").removesuffix("-shm") for name in names} == {
         "api_key",
+        "lock",
         "pepper",
         "url",
         "mutoscope.db",
@@ -242,8 +243,6 @@ def test_a_replica_killed_while_frames_stream_loses_nothing(
     cluster.kill(deployment)
     done = finish(client, video["id"])
     assert (done["status"], done["charged"]) == ("completed", 258)
-    scratch = cluster.home / "scratch"
-    assert scratch.is_dir()
 
 
 def test_the_ledger_agrees_with_what_the_api_says(client: Client, cluster: Cluster) -> None:

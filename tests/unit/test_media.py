@@ -104,6 +104,7 @@ def test_a_file_is_moved_in(store: LocalObjectStore, tmp_path: Path) -> None:
 def test_a_list_shows_finished_objects_under_a_prefix(store: LocalObjectStore) -> None:
     for key in ("videos/b", "videos/a", "inputs/c"):
         store.put(key, b"1")
+    store.incoming.mkdir(exist_ok=True)
     (store.incoming / "half").write_bytes(b"1")
     assert [info.key for info in store.list("videos/")] == ["videos/a", "videos/b"]
     assert len(list(store.list(""))) == 3

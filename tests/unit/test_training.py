@@ -63,6 +63,21 @@ def test_one_wrong_frame_is_a_miss() -> None:
     assert (found.colour, found.shape, found.motion) == (False, False, True)
 
 
+def test_grey_off_hues_and_blobs_are_nothing() -> None:
+    clip = draw_clip(Combination("red", "circle", "still"), "dark", np.random.default_rng(0))
+    frames = {
+        "grey": np.array([128, 128, 128]),
+        "between red and orange": np.array([240, 80, 20]),
+        "between green and cyan": np.array([20, 240, 130]),
+    }
+    for colour in frames.values():
+        pixels = 26 * (1 - clip.alpha[..., None]) + colour * clip.alpha[..., None]
+        assert set(read_attributes(pixels.astype(np.uint8)).colours) == {None}
+    blob = clip.pixels.copy()
+    blob[:, 28:34, 4:60] = blob[:, 32:33, 32:33]
+    assert set(read_attributes(blob).shapes) == {None}
+
+
 @pytest.mark.parametrize("frames", ["reversed", "one jumps", "empty", "frozen"])
 def test_a_wrong_track_is_a_miss(frames: str) -> None:
     combination = Combination("red", "circle", "right")

@@ -1,0 +1,53 @@
+"""Deletes the files that nobody needs any more; a kill at any moment only repeats it."""
+
+import logging
+
+from sqlalchemy import Engine
+
+from deployments.database import reader
+from jobs.job import FINAL_STATES
+from jobs.store import JobNotFound, get_job, mark_purged, purgeable
+from media.object_store import ObjectStore
+
+logger = logging.getLogger("ray.serve")
+
+
+class Purger:
+    """Deleted videos at once; start images that a kill left behind when seen twice."""
+
+    def __init__(self, engine: Engine, store: ObjectStore) -> None:
+        self.engine = engine
+        self.store = store
+        self.suspects: set[str] = set()
+
+    def purge_videos(self) -> None:
+        """Delete the files of deleted videos; one that can't be deleted now is left for later."""
+        with reader(self.engine).begin() as connection:
+            jobs = purgeable(connection)
+        for job in jobs:
+            assert job.video_key is not None
+            try:
+                self.store.delete(job.video_key)
+            except OSError:
+                logger.exception("cannot delete %s", job.video_key)
+                continue
+            with self.engine.begin() as connection:
+                mark_purged(connection, job.id)
+
+    def purge_inputs(self) -> None:
+        """Delete start images without an open job.
+
+        An image is stored just before its job is: only what is seen in two rounds is an orphan.
+        """
+        orphans = {info.key for info in self.store.list("inputs/") if self._is_orphan(info.key)}
+        for key in orphans & self.suspects:
+            self.store.delete(key)
+        self.suspects = orphans
+
+    def _is_orphan(self, key: str) -> bool:
+        with reader(self.engine).begin() as connection:
+            try:
+                job = get_job(connection, key.removeprefix("inputs/"))
+            except JobNotFound:
+                return True
+        return job.state in FINAL_STATES
