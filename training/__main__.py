@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from training.text_encoder import make_text_encoder, make_tokenizer, save_text_encoder
-from training.train_decoder import train_decoder
 from training.train_denoiser import encode_clips, train_denoiser
 from training.train_vae import reconstruction_scores, train_vae
 
@@ -42,7 +41,6 @@ def main() -> None:
     text_encoder = make_text_encoder(len(tokenizer))
     transformer = train_denoiser(clips, tokenizer, text_encoder, work, arguments.seed)
     text_encoder.eval()
-    train_decoder(vae, transformer, tokenizer, text_encoder, work, arguments.seed)
     save_checkpoint(arguments.out, vae, tokenizer, text_encoder, transformer)
     print(f"all: {_minutes(started_s)}; wrote {arguments.out}")
 
