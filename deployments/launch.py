@@ -62,6 +62,8 @@ def main() -> None:
         print(f"API key: {(home / 'api_key').read_text()}  ({home / 'api_key'})", flush=True)
         while True:
             signal.pause()
+    except SystemExit:
+        return  # a signal: our handler's, or Ray's own while it starts
     except DeployFailed as failure:
         sys.exit(f"the deployment failed:\n{failure}")
     finally:

@@ -75,5 +75,8 @@ def save_text_encoder(
     tokenizer: PreTrainedTokenizerFast, encoder: Qwen3Model, folder: Path
 ) -> None:
     """Write tokenizer/ and text_encoder/ in diffusers' layout."""
+    # The last call's truncation and padding would be saved, and cut every later text.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder / "tokenizer")
     encoder.save_pretrained(folder / "text_encoder", safe_serialization=True)

@@ -177,5 +177,7 @@ def test_training_makes_a_checkpoint_that_generates(tmp_path: Path) -> None:
     request = generator.model.resolve({"prompt": "a red circle"})
     served = generator.encoder.encode(request, None).positive
     np.testing.assert_allclose(served, trained.numpy(), atol=0.05)
+    long_prompt = generator.model.resolve({"prompt": "red circle " * 40})
+    assert generator.encoder.encode(long_prompt, None).num_tokens > 32
     prompt = make_prompts(True, 1, 1)[0]
     assert generator.generate(prompt, f_patch_size=4).shape == (13, 64, 64, 3)
