@@ -62,8 +62,10 @@ def main() -> None:
         print(f"API key: {(home / 'api_key').read_text()}  ({home / 'api_key'})", flush=True)
         while True:
             signal.pause()
-    except SystemExit:
-        return  # a signal: our handler's, or Ray's own while it starts
+    except SystemExit as stop:
+        # A signal: our handler's, or Ray's own while it starts. Anything else is a failure.
+        if stop.code not in (0, signal.SIGTERM):
+            raise
     except DeployFailed as failure:
         sys.exit(f"the deployment failed:\n{failure}")
     finally:
