@@ -12,6 +12,8 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformer2
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
@@ -28,7 +30,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("models/demo"))
     parser.add_argument("--work", type=Path, help="default: out/training/seed-N")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--no-compile", action="store_true", help="train without a C++ compiler, 1.6 times slower"
+    )
     arguments = parser.parse_args()
+    if not arguments.no_compile:
+        _require_compiler()
     work: Path = arguments.work or Path(f"out/training/seed-{arguments.seed}")
     work.mkdir(parents=True, exist_ok=True)
 
@@ -39,7 +46,14 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     tokenizer = make_tokenizer(arguments.seed)
     text_encoder = make_text_encoder(len(tokenizer))
-    transformer = train_denoiser(clips, tokenizer, text_encoder, work, arguments.seed)
+    transformer = train_denoiser(
+        clips,
+        tokenizer,
+        text_encoder,
+        work,
+        arguments.seed,
+        compile_blocks=not arguments.no_compile,
+    )
     text_encoder.eval()
     save_checkpoint(arguments.out, vae, tokenizer, text_encoder, transformer)
     print(f"all: {_minutes(started_s)}; wrote {arguments.out}")
@@ -64,6 +78,14 @@ def save_checkpoint(
         if path.is_file()
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _require_compiler() -> None:
+    """Ask TorchInductor itself, before twenty minutes of training have passed."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise SystemExit("training compiles: install g++, or pass --no-compile") from error
 
 
 def _minutes(started_s: float) -> str:

@@ -33,7 +33,7 @@ BACKGROUNDS = {"dark": 26, "light": 224}
 
 SIZE = 64
 NUM_FRAMES = 13
-TRAVEL_PX = 26.0
+TRAVEL_PX = 24.0
 SATURATION, VALUE = 0.92, 0.94
 
 
@@ -100,7 +100,7 @@ def draw_clip(combination: Combination, background: str, random: np.random.Gener
     """One clip with jittered place, size, grey level and hue."""
     x, y = np.meshgrid(np.arange(SIZE, dtype=np.float32), np.arange(SIZE, dtype=np.float32))
     middle = (SIZE - 1) / 2.0 + random.uniform(-1.5, 1.5, 2)
-    radius_px = random.uniform(10.2, 11.4)
+    radius_px = random.uniform(12.0, 12.8)
     step = np.array(MOTIONS[combination.motion]) * TRAVEL_PX / (NUM_FRAMES - 1)
     alpha = np.empty((NUM_FRAMES, SIZE, SIZE), np.float32)
     for frame in range(NUM_FRAMES):

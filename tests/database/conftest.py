@@ -1,11 +1,14 @@
 """The ingress over a real database, without Ray."""
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from sqlalchemy import Engine
 from starlette.testclient import TestClient
 
@@ -15,8 +18,10 @@ from credits.plans import PlanTable
 from credits.pricing import PriceTable, WorkWeights
 from deployments.admission import Admission, Offer
 from deployments.config import LimitsConfig
+from deployments.database import reader
 from deployments.ingress import IngressParts, create_app
 from jobs.job import Job
+from jobs.store import get_job, lease
 from media.object_store import LocalObjectStore
 from models.catalog import Model
 from models.request import VideoRequest
@@ -78,6 +83,11 @@ def door(
 
 
 @pytest.fixture
+def alice(an_account: Callable[..., Account]) -> Account:
+    return an_account("alice")
+
+
+@pytest.fixture
 def a_job(door: Door, a_request: Callable[..., VideoRequest]) -> Callable[..., Job]:
     """Admits a job of an account."""
 
@@ -85,3 +95,19 @@ def a_job(door: Door, a_request: Callable[..., VideoRequest]) -> Callable[..., J
         return door.admission.admit(account, a_request(**fields), None)
 
     return make
+
+
+def lease_now(engine: Engine, owner: str = "me", lease_ms: int = 60_000) -> Job | None:
+    with engine.begin() as connection:
+        return lease(connection, owner, ["local"], lease_ms)
+
+
+def job_now(engine: Engine, job: Job) -> Job:
+    with reader(engine).begin() as connection:
+        return get_job(connection, job.id)
+
+
+def png(width: int = 20, height: int = 20) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -13,11 +13,8 @@ from sqlalchemy.exc import IntegrityError
 
 from credits.accounts import Account
 from credits.accounts import metadata as credits_metadata
-from credits.plans import TooManyJobs
-from credits.pricing import WorkWeights
 from deployments.database import migrate, open_database, reader
 from deployments.purge import Purger
-from deployments.settlement import Ending, WorkDone, cancellation, settle
 from jobs.job import Job, JobState, Outcome, Phase, Progress
 from jobs.store import (
     JobNotFound,
@@ -38,17 +35,12 @@ from jobs.store import (
     request_cancel,
 )
 from media.object_store import LocalObjectStore
-from models.request import VideoRequest
 from tests.conftest import read_account
+from tests.database.conftest import job_now, lease_now
 
 AJob = Callable[..., Job]
 AnAccount = Callable[..., Account]
 SUCCESS = Outcome(JobState.SUCCEEDED, 1, 0, "done", video_key="videos/x")
-
-
-def lease_now(engine: Engine, owner: str = "me", lease_ms: int = 60_000) -> Job | None:
-    with engine.begin() as connection:
-        return lease(connection, owner, ["local"], lease_ms)
 
 
 def record_now(engine: Engine, job: Job, owner: str, percentage: int) -> None:
@@ -59,11 +51,6 @@ def record_now(engine: Engine, job: Job, owner: str, percentage: int) -> None:
 def finish_now(engine: Engine, job: Job, owner: str | None, outcome: Outcome = SUCCESS) -> None:
     with engine.begin() as connection:
         finish(connection, job.id, lease_owner=owner, outcome=outcome)
-
-
-def job_now(engine: Engine, job: Job) -> Job:
-    with reader(engine).begin() as connection:
-        return get_job(connection, job.id)
 
 
 def let_leases_expire(engine: Engine) -> None:
@@ -264,88 +251,6 @@ def test_readers_do_not_wait_for_a_writer(engine: Engine, an_account: AnAccount)
         assert read_account(engine, account.id).name == "alice"
 
 
-def settle_now(
-    engine: Engine, store: LocalObjectStore, job: Job, done: WorkDone, ending: Ending
-) -> Outcome:
-    return settle(engine, store, WorkWeights(), job, lease_owner="me", done=done, ending=ending)
-
-
-def test_a_cancelled_job_pays_for_the_work_done(
-    engine: Engine, store: LocalObjectStore, an_account: AnAccount, a_job: AJob
-) -> None:
-    account = an_account()
-    job = a_job(account, num_steps=10)
-    lease_now(engine)
-    done = WorkDone()
-    done.reach(text=1, denoise=4)
-    done.reach(denoise=5)
-    done.reach(denoise=2)
-    outcome = settle_now(engine, store, job, done, cancellation())
-    assert (job.quoted, outcome.charged, outcome.refunded) == (26, 12, 14)
-    now = read_account(engine, account.id)
-    assert (now.reserved, now.spent) == (0, 12)
-    assert job_now(engine, job).state is JobState.CANCELLED
-
-
-def test_a_failed_job_costs_nothing(
-    engine: Engine, store: LocalObjectStore, an_account: AnAccount, a_job: AJob
-) -> None:
-    account = an_account()
-    job = a_job(account)
-    lease_now(engine)
-    failure = Ending(JobState.FAILED, "fault", charge_work=False, error_code="internal")
-    outcome = settle_now(engine, store, job, WorkDone(1, 3, 13, 0), failure)
-    assert (outcome.charged, outcome.refunded) == (0, 26)
-    assert read_account(engine, account.id).available == account.available
-
-
-def test_a_lost_lease_settles_nothing(
-    engine: Engine, store: LocalObjectStore, an_account: AnAccount, a_job: AJob
-) -> None:
-    account = an_account()
-    job = a_job(account)
-    lease_now(engine, "other")
-    with pytest.raises(LeaseLost):
-        settle_now(engine, store, job, WorkDone(1, 3, 13, 1), cancellation())
-    now = read_account(engine, account.id)
-    assert (now.reserved, now.spent) == (26, 0)
-
-
-def test_admission_is_all_or_nothing(
-    engine: Engine, an_account: AnAccount, a_job: AJob, door: Any,
-    a_request: Callable[..., VideoRequest],
-) -> None:  # fmt: skip
-    account = an_account(credits=1000)
-    for _ in range(4):
-        a_job(account)
-    with pytest.raises(TooManyJobs):
-        door.admission.admit(account, a_request(), b"image")
-    now = read_account(engine, account.id)
-    assert (now.available, now.reserved) == (1000 - 4 * 26, 4 * 26)
-    assert list(door.store.list("")) == []
-
-
-def test_parallel_admissions_never_exceed_the_limit(
-    engine: Engine, an_account: AnAccount, a_job: AJob
-) -> None:
-    account = an_account(credits=1000)
-    refused: list[TooManyJobs] = []
-
-    def admit() -> None:
-        try:
-            a_job(account)
-        except TooManyJobs as error:
-            refused.append(error)
-
-    threads = [threading.Thread(target=admit) for _ in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(refused) == 8
-    assert read_account(engine, account.id).reserved == 4 * 26
-
-
 def test_a_database_is_one_file_in_its_folder(tmp_path: Path, engine: Engine) -> None:
     assert (tmp_path / "test.db").is_file()
     with engine.connect() as connection:
@@ -386,16 +291,6 @@ def test_a_file_that_cannot_be_deleted_is_left_for_later(
     with engine.begin() as connection:
         assert purgeable(connection) == []
     assert not obstacle.exists()
-
-
-def test_a_video_that_was_published_in_vain_is_deleted(
-    engine: Engine, store: LocalObjectStore, an_account: AnAccount, a_job: AJob
-) -> None:
-    job = a_job(an_account())
-    lease_now(engine)
-    store.put(f"videos/{job.id}.mp4", b"video")
-    settle_now(engine, store, job, WorkDone(1, 3, 13, 1), cancellation())
-    assert list(store.list("")) == []
 
 
 def test_a_holder_does_not_lease_its_own_job_again(
