@@ -33,8 +33,12 @@ class ApiError(Exception):
 class NotConfigured(Exception):
     """Neither the environment nor MUTOSCOPE_HOME says where the server is and with which key."""
 
+    def __init__(self, variable: str) -> None:
+        super().__init__(variable)
+        self.variable = variable
+
     def __str__(self) -> str:
-        return "no server found: run `make serve`, or set MUTOSCOPE_URL and MUTOSCOPE_API_KEY"
+        return f"no server found: run `make serve`, or set MUTOSCOPE_URL and {self.variable}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +58,22 @@ class Event:
     data: dict[str, Any]
 
 
-def find_server() -> Server:
-    """MUTOSCOPE_URL and MUTOSCOPE_API_KEY, else what a local server wrote into its home."""
+def find_server(*, as_admin: bool = False) -> Server:
+    """MUTOSCOPE_URL and MUTOSCOPE_API_KEY, else what a local server wrote into its home.
+
+    as_admin: with the operator's key, MUTOSCOPE_ADMIN_KEY, instead of an account's.
+    """
+    key = "admin_key" if as_admin else "api_key"
     home = Path(os.environ.get("MUTOSCOPE_HOME") or Path.home() / ".mutoscope")
     found = [
         os.environ.get(variable) or (path.read_text().strip() if path.is_file() else "")
         for variable, path in (
             ("MUTOSCOPE_URL", home / "url"),
-            ("MUTOSCOPE_API_KEY", home / "api_key"),
+            (f"MUTOSCOPE_{key.upper()}", home / key),
         )
     ]
     if not all(found):
-        raise NotConfigured
+        raise NotConfigured(f"MUTOSCOPE_{key.upper()}")
     return Server(*found)
 
 
@@ -89,23 +97,23 @@ class Client:
     def create(self, fields: dict[str, Any], image: Path | None = None) -> dict[str, Any]:
         """Queue a video; the fields are those of POST /v1/videos."""
         if image is None:
-            return self._json("POST", "/v1/videos", json=fields)
+            return self.call("POST", "/v1/videos", json=fields)
         with image.open("rb") as file:
             files = {"input_reference": (image.name, file.read())}
         form = {name: str(value) for name, value in fields.items()}
-        return self._json("POST", "/v1/videos", data=form, files=files)
+        return self.call("POST", "/v1/videos", data=form, files=files)
 
     def get(self, video_id: str) -> dict[str, Any]:
         """The video as it stands."""
-        return self._json("GET", f"/v1/videos/{video_id}")
+        return self.call("GET", f"/v1/videos/{video_id}")
 
     def delete(self, video_id: str) -> dict[str, Any]:
         """Delete a finished video, cancel another."""
-        return self._json("DELETE", f"/v1/videos/{video_id}")
+        return self.call("DELETE", f"/v1/videos/{video_id}")
 
     def credits(self) -> dict[str, Any]:
         """The account's plan and credits."""
-        return self._json("GET", "/v1/credits")
+        return self.call("GET", "/v1/credits")
 
     def follow(self, video_id: str) -> Iterator[Event]:
         """The video's events to the last one; after a break, on from where it broke."""
@@ -147,7 +155,19 @@ class Client:
                     yield Event(int(block["id"]), block["event"], json.loads(block["data"]))
                     block = {}
 
-    def _json(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+    def pages(self, path: str, key: str) -> Iterator[dict[str, Any]]:
+        """Every row of a list from the oldest, page by page; key: what its cursor takes."""
+        after = None
+        while True:
+            cursor = {} if after is None else {"after": after}
+            page = self.call("GET", path, params={"order": "asc", "limit": "100", **cursor})
+            yield from page["data"]
+            if not page["has_more"]:
+                return
+            after = page["data"][-1][key]
+
+    def call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+        """The JSON of any answer; ApiError if the server refuses."""
         response = self.http.request(method, path, **arguments)
         _raise_for_status(response)
         content: dict[str, Any] = response.json()

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 
+from client.accounts import add_account_commands
 from client.client import ApiError, Client, NotConfigured, find_server
 from client.generate import GenerationFailed, generate
 
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, metavar="N")
     command.add_argument("--image", type=Path, metavar="FILE", help="start from this picture")
     command.set_defaults(run=_generate)
+    add_account_commands(commands)
     return parser
 
 

@@ -1,24 +1,28 @@
-"""Accounts and the API keys that speak for them."""
+"""Accounts: whose the credits are, and on which plan."""
 
-import hashlib
-import hmac
 import secrets
 from dataclasses import dataclass
-from typing import NewType
+from typing import Any, NewType
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
+    ColumnElement,
     Connection,
-    ForeignKey,
     Integer,
     MetaData,
+    Row,
     String,
     Table,
+    false,
+    func,
     insert,
     select,
     text,
+    tuple_,
+    update,
 )
 
 from credits.plans import Plan
@@ -39,24 +43,36 @@ accounts = Table(
     Column("reserved", BigInteger, nullable=False, server_default=text("0")),
     Column("spent", BigInteger, nullable=False, server_default=text("0")),
     Column("max_jobs", Integer),
+    Column("open_reservations", Integer, nullable=False, server_default=text("0")),
+    Column("disabled", Boolean, nullable=False, server_default=false()),
+    Column("created_at_ms", BigInteger, nullable=False, server_default=text("0")),
     CheckConstraint("available >= 0", name="available_not_negative"),
     CheckConstraint("reserved >= 0", name="reserved_not_negative"),
     CheckConstraint("spent >= 0", name="spent_not_negative"),
-)
-
-api_keys = Table(
-    "api_keys",
-    metadata,
-    Column("key_hash", String, primary_key=True),
-    Column("account_id", String, ForeignKey("accounts.id"), nullable=False, index=True),
+    CheckConstraint("open_reservations >= 0", name="open_reservations_not_negative"),
 )
 
 
-class Unauthenticated(Exception):
-    """No API key was given, or none of ours."""
+class AccountNotFound(Exception):
+    """No such account."""
+
+    def __init__(self, account_id: str) -> None:
+        super().__init__(account_id)
+        self.account_id = account_id
 
     def __str__(self) -> str:
-        return "A valid API key is needed: Authorization: Bearer mk_live_..."
+        return f"No account with id {self.account_id!r}."
+
+
+class AccountDisabled(Exception):
+    """The account may make no more videos until an admin enables it."""
+
+    def __init__(self, account_id: str) -> None:
+        super().__init__(account_id)
+        self.account_id = account_id
+
+    def __str__(self) -> str:
+        return "This account is disabled."
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,41 +86,72 @@ class Account:
     reserved: Credits
     spent: Credits
     max_jobs: int | None
+    open_reservations: int
+    disabled: bool
+    created_at_ms: int
 
 
-def new_api_key() -> str:
-    """256 random bits; only its hash is stored."""
-    return f"mk_live_{secrets.token_urlsafe(32)}"
+def new_account_id() -> AccountId:
+    """One that nobody else draws."""
+    return AccountId(f"acct_{secrets.token_hex(12)}")
 
 
-def hash_api_key(api_key: str, pepper: bytes) -> str:
-    """HMAC-SHA256, so that a stolen table is of no use without the pepper."""
-    return hmac.new(pepper, api_key.encode(), hashlib.sha256).hexdigest()
-
-
-def create_account(
-    connection: Connection, account_id: AccountId, name: str, plan: Plan, key_hash: str
-) -> None:
-    """Insert an account without credits and its first key."""
-    connection.execute(insert(accounts).values(id=account_id, name=name, plan=plan))
-    add_api_key(connection, account_id, key_hash)
-
-
-def add_api_key(connection: Connection, account_id: AccountId, key_hash: str) -> None:
-    """Let one more key speak for the account."""
-    connection.execute(insert(api_keys).values(key_hash=key_hash, account_id=account_id))
-
-
-def account_of_key(connection: Connection, key_hash: str) -> Account:
-    """The account that a key speaks for; Unauthenticated if there is none."""
-    query = select(accounts).join(api_keys).where(api_keys.c.key_hash == key_hash)
-    row = connection.execute(query).first()
-    if row is None:
-        raise Unauthenticated
-    return Account(**{**row._mapping, "plan": Plan(row.plan)})
+def create_account(connection: Connection, account_id: AccountId, name: str, plan: Plan) -> None:
+    """Insert an account without credits and without keys."""
+    connection.execute(
+        insert(accounts).values(id=account_id, name=name, plan=plan, created_at_ms=_now_ms())
+    )
 
 
 def find_account(connection: Connection, account_id: AccountId) -> Account | None:
     """The account of that id, if there is one."""
     row = connection.execute(select(accounts).where(accounts.c.id == account_id)).first()
-    return None if row is None else Account(**{**row._mapping, "plan": Plan(row.plan)})
+    return None if row is None else to_account(row)
+
+
+def get_account(connection: Connection, account_id: str) -> Account:
+    """The account of that id; AccountNotFound."""
+    account = find_account(connection, AccountId(account_id))
+    if account is None:
+        raise AccountNotFound(account_id)
+    return account
+
+
+def list_accounts(
+    connection: Connection, *, after: str | None, limit: int, ascending: bool
+) -> list[Account]:
+    """Up to limit accounts by age, beginning behind `after`; AccountNotFound."""
+    age = tuple_(accounts.c.created_at_ms, accounts.c.id)
+    query = select(accounts)
+    if after is not None:
+        account = get_account(connection, after)
+        seen = tuple_(account.created_at_ms, account.id)
+        query = query.where(age > seen if ascending else age < seen)
+    columns = (accounts.c.created_at_ms, accounts.c.id)
+    order = columns if ascending else [column.desc() for column in columns]
+    return [to_account(row) for row in connection.execute(query.order_by(*order).limit(limit))]
+
+
+def change_account(
+    connection: Connection,
+    account_id: str,
+    *,
+    plan: Plan | None = None,
+    max_jobs: int | None = None,
+    disabled: bool | None = None,
+) -> Account:
+    """Change what is not None; AccountNotFound."""
+    given = {"plan": plan, "max_jobs": max_jobs, "disabled": disabled}
+    values = {name: value for name, value in given.items() if value is not None}
+    if values:
+        connection.execute(update(accounts).where(accounts.c.id == account_id).values(values))
+    return get_account(connection, account_id)
+
+
+def to_account(row: Row[Any]) -> Account:
+    """A row of `accounts` as an Account."""
+    return Account(**{**row._mapping, "plan": Plan(row.plan)})
+
+
+def _now_ms() -> ColumnElement[int]:
+    return func.now_ms(type_=BigInteger())

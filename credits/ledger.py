@@ -3,30 +3,36 @@
 A transfer is one immutable row: debit, credit, an amount above zero. A reservation moves credits
 from what an account has available to what it has reserved; settling it is a new row in
 settlements, at most one a reservation by that table's primary key, and moves them on: confirmed
-to the house, refunded back. The caller owns the transaction.
+to the house, refunded or expired back. The caller owns the transaction. Each act touches the
+account's row last, so that the lock on a busy account is held for a statement and the COMMIT.
 """
 
 import uuid
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     Connection,
+    FetchedValue,
     ForeignKey,
+    Index,
     Integer,
     String,
     Table,
+    false,
     insert,
     select,
-    text,
     update,
 )
 from sqlalchemy.exc import IntegrityError
 
-from credits.accounts import AccountId, accounts, metadata
+from credits.accounts import AccountDisabled, AccountId, accounts, metadata
+from credits.plans import TooManyJobs
 from credits.pricing import Credits
 
 ReservationId = NewType("ReservationId", str)
@@ -41,22 +47,26 @@ class EntryKind(StrEnum):
     RESERVE = "reserve"  # available -> reserved
     CONFIRM = "confirm"  # reserved -> revenue
     REFUND = "refund"  # reserved -> available
+    EXPIRE = "expire"  # reserved -> available, of a reservation whose job nobody finished
 
 
 entries = Table(
     "ledger_entries",
     metadata,
     Column("number", Integer, primary_key=True, autoincrement=True),
-    Column("account_id", String, ForeignKey("accounts.id"), nullable=False, index=True),
+    Column("account_id", String, ForeignKey("accounts.id"), nullable=False),
     Column("debit", String, nullable=False),
     Column("credit", String, nullable=False),
     Column("amount", BigInteger, nullable=False),
     Column("kind", String, nullable=False),
     Column("reservation_id", String, ForeignKey("reservations.id"), index=True),
-    Column("created_at", String, nullable=False, server_default=text("CURRENT_TIMESTAMP")),
+    Column("created_at_ms", BigInteger, nullable=False, server_default=FetchedValue()),
     CheckConstraint("amount > 0", name="amount_above_zero"),
     CheckConstraint("debit <> credit", name="two_sides"),
-    CheckConstraint("kind IN ('grant', 'reserve', 'confirm', 'refund')", name="kind_known"),
+    CheckConstraint(
+        "kind IN ('grant', 'reserve', 'confirm', 'refund', 'expire')", name="kind_known"
+    ),
+    Index("ledger_entries_of_account", "account_id", "number"),
 )
 
 reservations = Table(
@@ -74,6 +84,7 @@ settlements = Table(
     Column("reservation_id", String, ForeignKey("reservations.id"), primary_key=True),
     Column("confirmed", BigInteger, nullable=False),
     Column("refunded", BigInteger, nullable=False),
+    Column("expired", Boolean, nullable=False, server_default=false()),
     CheckConstraint("confirmed >= 0 AND refunded >= 0", name="settled_not_negative"),
 )
 
@@ -100,6 +111,25 @@ class AlreadySettled(Exception):
         return f"reservation {self.reservation_id} is settled already"
 
 
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """One transfer of an account, by its place in the ledger."""
+
+    number: int
+    account_id: AccountId
+    debit: str
+    credit: str
+    amount: Credits
+    kind: EntryKind
+    reservation_id: ReservationId | None
+    created_at_ms: int
+
+
+def new_reservation_id() -> ReservationId:
+    """One that nobody else draws."""
+    return ReservationId(uuid.uuid4().hex)
+
+
 def grant(connection: Connection, account_id: AccountId, amount: Credits) -> None:
     """Give an account credits that the issuer owes from now on."""
     _transfer(connection, account_id, EntryKind.GRANT, amount, None)
@@ -110,30 +140,57 @@ def grant(connection: Connection, account_id: AccountId, amount: Credits) -> Non
     )
 
 
-def reserve(connection: Connection, account_id: AccountId, amount: Credits) -> ReservationId:
-    """Hold credits for a job; InsufficientCredits leaves nothing behind once rolled back."""
-    reservation_id = ReservationId(uuid.uuid4().hex)
+def reserve(
+    connection: Connection,
+    account_id: AccountId,
+    reservation_id: ReservationId,
+    amount: Credits,
+    *,
+    max_open: int,
+) -> None:
+    """Hold credits for a job, as the last statement of its transaction.
+
+    TooManyJobs if the account has max_open reservations that are not settled, InsufficientCredits
+    if less than amount is available, AccountDisabled; all leave nothing behind once rolled back.
+    """
     connection.execute(
         insert(reservations).values(id=reservation_id, account_id=account_id, amount=amount)
     )
     _transfer(connection, account_id, EntryKind.RESERVE, amount, reservation_id)
     held = connection.execute(
         update(accounts)
-        .where(accounts.c.id == account_id, accounts.c.available >= amount)
-        .values(available=accounts.c.available - amount, reserved=accounts.c.reserved + amount)
+        .where(
+            accounts.c.id == account_id,
+            accounts.c.available >= amount,
+            accounts.c.open_reservations < max_open,
+            ~accounts.c.disabled,
+        )
+        .values(
+            available=accounts.c.available - amount,
+            reserved=accounts.c.reserved + amount,
+            open_reservations=accounts.c.open_reservations + 1,
+        )
     )
     if held.rowcount != 1:
-        available = connection.execute(
-            select(accounts.c.available).where(accounts.c.id == account_id)
-        ).scalar_one()
-        raise InsufficientCredits(amount, available)
-    return reservation_id
+        row = connection.execute(select(accounts).where(accounts.c.id == account_id)).one()
+        if row.disabled:
+            raise AccountDisabled(account_id)
+        if row.open_reservations >= max_open:
+            raise TooManyJobs(max_open)
+        raise InsufficientCredits(amount, row.available)
 
 
-def settle(connection: Connection, reservation_id: ReservationId, confirmed: Credits) -> Credits:
+def settle(
+    connection: Connection,
+    reservation_id: ReservationId,
+    confirmed: Credits,
+    *,
+    expired: bool = False,
+) -> Credits:
     """Charge part or all of a reservation and give back the rest, which is returned.
 
-    AlreadySettled if it was settled before; ValueError if confirmed is above it.
+    expired: the rest goes back because nobody finished the job. AlreadySettled if it was settled
+    before; ValueError if confirmed is above it.
     """
     row = connection.execute(select(reservations).where(reservations.c.id == reservation_id)).one()
     if not 0 <= confirmed <= row.amount:
@@ -142,7 +199,10 @@ def settle(connection: Connection, reservation_id: ReservationId, confirmed: Cre
     try:
         connection.execute(
             insert(settlements).values(
-                reservation_id=reservation_id, confirmed=confirmed, refunded=refunded
+                reservation_id=reservation_id,
+                confirmed=confirmed,
+                refunded=refunded,
+                expired=expired,
             )
         )
     except IntegrityError as error:
@@ -151,17 +211,33 @@ def settle(connection: Connection, reservation_id: ReservationId, confirmed: Cre
     if confirmed:
         _transfer(connection, account_id, EntryKind.CONFIRM, confirmed, reservation_id)
     if refunded:
-        _transfer(connection, account_id, EntryKind.REFUND, refunded, reservation_id)
+        kind = EntryKind.EXPIRE if expired else EntryKind.REFUND
+        _transfer(connection, account_id, kind, refunded, reservation_id)
     connection.execute(
         update(accounts)
         .where(accounts.c.id == account_id)
         .values(
             reserved=accounts.c.reserved - row.amount,
+            open_reservations=accounts.c.open_reservations - 1,
             available=accounts.c.available + refunded,
             spent=accounts.c.spent + confirmed,
         )
     )
     return refunded
+
+
+def list_entries(
+    connection: Connection, account_id: AccountId, *, after: int | None, limit: int, ascending: bool
+) -> list[LedgerEntry]:
+    """Up to limit of an account's transfers by age, beginning behind the one numbered `after`."""
+    query = select(entries).where(entries.c.account_id == account_id)
+    if after is not None:
+        query = query.where(entries.c.number > after if ascending else entries.c.number < after)
+    order = entries.c.number.asc() if ascending else entries.c.number.desc()
+    return [
+        LedgerEntry(**{**row._mapping, "kind": EntryKind(row.kind)})
+        for row in connection.execute(query.order_by(order).limit(limit))
+    ]
 
 
 def _transfer(
@@ -177,6 +253,7 @@ def _transfer(
         EntryKind.RESERVE: (available, reserved),
         EntryKind.CONFIRM: (reserved, REVENUE),
         EntryKind.REFUND: (reserved, available),
+        EntryKind.EXPIRE: (reserved, available),
     }[kind]
     connection.execute(
         insert(entries).values(

@@ -4,14 +4,17 @@ import uuid
 from dataclasses import dataclass
 
 from sqlalchemy import Engine
+from sqlalchemy.exc import IntegrityError
 
 from autoscaling.tiers import ServedOn, choose_tier
-from credits.accounts import Account, AccountId, find_account
-from credits.ledger import reserve
-from credits.plans import PlanTable, TooManyJobs, check_plan
+from credits.accounts import Account
+from credits.ledger import new_reservation_id, reserve
+from credits.plans import PlanLimits, PlanTable, check_plan
 from credits.pricing import PriceTable, Quote, quote
+from deployments.database import reader
+from deployments.idempotency import Attempt
 from jobs.job import Job, JobId
-from jobs.store import count_open, enqueue
+from jobs.store import enqueue
 from media.object_store import ObjectStore
 from models.catalog import Model, ModelNotFound
 from models.request import VideoRequest
@@ -53,8 +56,19 @@ class Admission:
             height=request.height,
         )
 
-    def admit(self, account: Account, request: VideoRequest, start_image: bytes | None) -> Job:
-        """Refuse, or store the start image, reserve the price and queue the job."""
+    def admit(
+        self,
+        account: Account,
+        request: VideoRequest,
+        start_image: bytes | None,
+        attempt: Attempt | None = None,
+    ) -> Job:
+        """Refuse, or store the start image, reserve the price and queue the job.
+
+        An attempt that was made before is answered with the job that it made then.
+        """
+        if attempt is not None and (first := self._find_first(account, attempt)) is not None:
+            return first
         offer = self.offer(request.model)
         limits = self.plans.limits[account.plan]
         job_id = JobId(f"video_{uuid.uuid4().hex}")
@@ -66,39 +80,48 @@ class Admission:
         if start_image is not None:
             self.store.put(f"inputs/{job_id}", start_image)
         try:
-            return self._enqueue(account.id, job_id, request, price, tier, limits.priority)
-        except BaseException:
+            return self._enqueue(account, limits, job_id, request, price, tier, attempt)
+        except BaseException as error:
             self.store.delete(f"inputs/{job_id}")
+            # The same attempt, sent twice at once, has won meanwhile.
+            if isinstance(error, IntegrityError) and attempt is not None:
+                first = self._find_first(account, attempt)
+                if first is not None:
+                    return first
             raise
+
+    def _find_first(self, account: Account, attempt: Attempt) -> Job | None:
+        with reader(self.engine).begin() as connection:
+            return attempt.find_first(connection, account.id)
 
     def _enqueue(
         self,
-        account_id: AccountId,
+        account: Account,
+        limits: PlanLimits,
         job_id: JobId,
         request: VideoRequest,
         price: Quote,
         tier: str,
-        priority: int,
+        attempt: Attempt | None,
     ) -> Job:
+        reservation_id = new_reservation_id()
+        max_jobs = limits.max_jobs if account.max_jobs is None else account.max_jobs
         with self.engine.begin() as connection:
-            account = find_account(connection, account_id)
-            assert account is not None
-            max_jobs = account.max_jobs
-            if max_jobs is None:
-                max_jobs = self.plans.limits[account.plan].max_jobs
-            if count_open(connection, account.id) >= max_jobs:
-                raise TooManyJobs(max_jobs)
-            return enqueue(
+            job = enqueue(
                 connection,
                 {
                     "id": job_id,
                     "account_id": account.id,
                     "model": request.model,
                     "tier": tier,
-                    "priority": priority,
+                    "priority": limits.priority,
                     "request": request.model_dump(mode="json"),
                     "quoted": price.credits,
                     "quote_exact": str(price.exact),
-                    "reservation_id": reserve(connection, account.id, price.credits),
+                    "reservation_id": reservation_id,
+                    "idempotency_key": None if attempt is None else attempt.key,
+                    "fields_hash": None if attempt is None else attempt.fields_hash,
                 },
             )
+            reserve(connection, account.id, reservation_id, price.credits, max_open=max_jobs)
+        return job

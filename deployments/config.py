@@ -1,6 +1,7 @@
 """The configuration: one tree, validated once, and the only place that reads the environment."""
 
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -53,12 +54,14 @@ class LimitsConfig(BaseModel, frozen=True, extra="forbid"):
 class LeaseConfig(BaseModel, frozen=True, extra="forbid"):
     """A job whose lease is not extended for lease_s is taken by another pipeline replica.
 
-    max_attempts: starts of one job before it fails and is refunded.
+    max_attempts: starts of one job before it fails and is refunded. max_age_s: a job that nobody
+    is at work on so long after it was queued expires and is refunded.
     """
 
     lease_s: float = Field(8.0, gt=0.5)
     poll_s: float = Field(0.1, gt=0)
     max_attempts: int = Field(4, ge=1)
+    max_age_s: float = Field(86_400.0, gt=0)
 
 
 class LocalAccountConfig(BaseModel, frozen=True, extra="forbid"):
@@ -102,11 +105,33 @@ class Settings:
 
 
 def read_settings(config: AppConfig) -> Settings:
-    """Read MUTOSCOPE_HOME and the database's URL; touches no file."""
+    """Read MUTOSCOPE_HOME and the database's URL; touches no file.
+
+    ValueError if a database that several nodes share lacks the secrets that they must share.
+    """
     home = home_folder()
     url = os.environ.get(config.database_url_env) or f"sqlite:///{home / 'mutoscope.db'}"
+    for name in ("MUTOSCOPE_PEPPER", "MUTOSCOPE_ADMIN_KEY"):
+        if not url.startswith("sqlite") and not os.environ.get(name):
+            raise ValueError(
+                f"{name} must be set, the same on every node, beside a shared database"
+            )
     storage = config.storage.directory or home / "storage"
     return Settings(home, url, storage)
+
+
+def read_pepper(home: Path) -> bytes:
+    """What API keys are hashed with: MUTOSCOPE_PEPPER, else a file that the first start makes."""
+    given = os.environ.get("MUTOSCOPE_PEPPER")
+    return (given or read_or_create_secret(home / "pepper", secrets.token_hex(32))).encode()
+
+
+def read_admin_key(home: Path) -> str:
+    """The operator's key: MUTOSCOPE_ADMIN_KEY, else a file that the first start makes."""
+    given = os.environ.get("MUTOSCOPE_ADMIN_KEY")
+    return given or read_or_create_secret(
+        home / "admin_key", f"mk_admin_{secrets.token_urlsafe(32)}"
+    )
 
 
 def home_folder() -> Path:

@@ -1,27 +1,35 @@
 """Opens the database and brings its schema up to date."""
 
+import contextlib
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 
 ROOT = Path(__file__).resolve().parent.parent
 BUSY_TIMEOUT_S = 30
+START_LOCK = 0x6D75746F  # any fixed number: "muto"
 
 
 def open_database(url: str) -> Engine:
-    """An engine whose transactions are serialised: on SQLite each begins as a writer."""
-    if not url.startswith("sqlite"):
-        raise ValueError(f"only sqlite databases are supported, not {url.split(':')[0]!r}")
-    database = make_url(url).database
-    if database:
-        Path(database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
-    event.listen(engine, "connect", _configure_sqlite)
-    event.listen(engine, "begin", _begin)
-    return engine
+    """An engine for SQLite or PostgreSQL; ValueError for any other.
+
+    Transactions are READ COMMITTED on PostgreSQL and one writer at a time on SQLite, so every
+    change names what it starts from.
+    """
+    parsed = make_url(url)
+    match parsed.get_backend_name():
+        case "sqlite":
+            return _open_sqlite(parsed)
+        case "postgresql":
+            # The first use of a connection that the server has closed reconnects.
+            return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+        case other:
+            raise ValueError(f"only sqlite and postgresql databases are supported, not {other!r}")
 
 
 def reader(engine: Engine) -> Engine:
@@ -29,23 +37,46 @@ def reader(engine: Engine) -> Engine:
     return engine.execution_options(reads_only=True)
 
 
-def migrate(engine: Engine) -> None:
-    """Run the migrations that the database lacks."""
+@contextlib.contextmanager
+def exclusive(engine: Engine) -> Iterator[Connection]:
+    """A transaction of which there is one at a time in all processes: for what starting does."""
+    with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            lock = text("SELECT pg_advisory_xact_lock(:number)")
+            connection.execute(lock, {"number": START_LOCK})
+        yield connection
+
+
+def migrate(engine: Engine, revision: str = "head") -> None:
+    """Run the migrations that the database lacks; of several processes one does."""
     config = Config()
     config.set_main_option("script_location", str(ROOT / "migrations"))
-    with engine.begin() as connection:
+    with exclusive(engine) as connection:
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        command.upgrade(config, revision)
+
+
+def _open_sqlite(url: URL) -> Engine:
+    if url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
-    """Full fsync: the last commits hold money. Transactions are begun by us, not by sqlite3."""
+    """Full fsync: the last commits hold money. Transactions are begun by us, not by sqlite3.
+
+    now_ms() is a function of the database's own on PostgreSQL.
+    """
     connection.isolation_level = None
+    connection.create_function("now_ms", 0, lambda: time.time_ns() // 1_000_000)
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _begin(connection: Connection) -> None:
+def _begin_sqlite(connection: Connection) -> None:
     """A writer begins as one: it would fail if another wrote between its first read and write."""
     is_reader = connection.get_execution_options().get("reads_only", False)
     connection.exec_driver_sql("BEGIN" if is_reader else "BEGIN IMMEDIATE")

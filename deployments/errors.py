@@ -7,11 +7,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from credits.accounts import Unauthenticated
+from credits.accounts import AccountDisabled, AccountNotFound
+from credits.api_keys import KeyNotFound, Unauthenticated
 from credits.ledger import AlreadySettled, InsufficientCredits
 from credits.plans import PlanForbids, TooManyJobs
 from deployments.origin import ForeignPackage
-from jobs.store import JobNotFound, LeaseLost
+from jobs.store import IdempotencyConflict, JobNotFound, LeaseLost
 from media.encode import MediaEncodingFailed
 from media.object_store import ObjectNotFound
 from models.catalog import ModelNotFound, WeightsDamaged, WeightsMissing
@@ -57,10 +58,14 @@ ANSWERS: dict[type[Exception], Answer] = {
     InvalidRequest: Answer(400, "invalid_request_error", "invalid_request"),
     Unauthenticated: Answer(401, "authentication_error", "unauthenticated"),
     InsufficientCredits: Answer(402, "billing_error", "insufficient_credits"),
+    AccountDisabled: Answer(403, "permission_error", "account_disabled"),
     PlanForbids: Answer(403, "permission_error", "plan_forbids"),
     ModelNotFound: Answer(404, "invalid_request_error", "model_not_found"),
+    AccountNotFound: Answer(404, "invalid_request_error", "not_found"),
+    KeyNotFound: Answer(404, "invalid_request_error", "not_found"),
     JobNotFound: Answer(404, "invalid_request_error", "not_found"),
     ObjectNotFound: Answer(404, "invalid_request_error", "not_found"),
+    IdempotencyConflict: Answer(409, "invalid_request_error", "idempotency_conflict"),
     VideoNotReady: Answer(409, "invalid_request_error", "not_ready"),
     InputTooLarge: Answer(413, "invalid_request_error", "too_large"),
     TooManyJobs: Answer(429, "rate_limit_error", "too_many_jobs"),
@@ -102,7 +107,7 @@ async def _answer(_request: Request, error: Exception) -> JSONResponse:
             details = {"needed": error.needed, "available": error.available}
         case TooManyJobs():
             headers["Retry-After"] = "5"
-        case VideoNotReady():
+        case VideoNotReady() | IdempotencyConflict():
             headers["x-should-retry"] = "false"
     param = getattr(error, "param", "model" if isinstance(error, ModelNotFound) else None)
     message = str(error) if answer is not INTERNAL else "An internal error occurred."

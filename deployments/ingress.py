@@ -1,6 +1,7 @@
 """The HTTP door: authenticates, admits, shows; any replica answers any request."""
 
-import secrets
+import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ from ray.serve.handle import DeploymentHandle
 
 from credits.plans import PlanTable
 from credits.pricing import PriceTable, WorkWeights
+from deployments.admin_routes import AdminRoutes
 from deployments.admission import Admission, Offer
-from deployments.config import LimitsConfig, LocalAccountConfig, read_or_create_secret
+from deployments.authentication import AdminAuthenticator, Authenticator
+from deployments.config import LimitsConfig, LocalAccountConfig, read_admin_key, read_pepper
+from deployments.credit_routes import CreditRoutes
 from deployments.database import migrate, open_database
 from deployments.errors import ANSWERS, envelope, install_error_handlers
+from deployments.key_routes import KeyRoutes
 from deployments.local_account import ensure_local_account
 from deployments.video_routes import VideoRoutes, Waker
 from media.object_store import LocalObjectStore
@@ -59,17 +64,37 @@ class Ingress:
 def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
     """The ASGI application over a database that it migrates first; needs no Ray."""
     parts.home.mkdir(parents=True, exist_ok=True)
-    pepper = read_or_create_secret(parts.home / "pepper", secrets.token_hex(32)).encode()
+    pepper = read_pepper(parts.home)
     engine = open_database(parts.database_url)
     migrate(engine)
     if parts.local_account is not None:
         ensure_local_account(engine, parts.local_account, parts.home, pepper)
     admission = Admission(engine, parts.store, parts.offers, parts.prices, parts.plans)
-    routes = VideoRoutes(engine, admission, parts.store, pepper, parts.limits, parts.weights, wake)
-    app = FastAPI(title="Mutoscope", version="0.1.0")
+    authenticate = Authenticator(engine, pepper)
+    videos = VideoRoutes(
+        engine, admission, parts.store, authenticate, parts.limits, parts.weights, wake
+    )
+    admin = AdminRoutes(
+        engine,
+        parts.store,
+        pepper,
+        parts.weights,
+        AdminAuthenticator(read_admin_key(parts.home)),
+        wake,
+    )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        engine.dispose()
+
+    app = FastAPI(title="Mutoscope", version="0.1.0", lifespan=lifespan)
     install_error_handlers(app)
     app.add_exception_handler(RequestValidationError, _answer_validation)
-    app.include_router(routes.router())
+    app.include_router(videos.router())
+    app.include_router(CreditRoutes(engine, authenticate).router())
+    app.include_router(KeyRoutes(engine, pepper, authenticate).router())
+    app.include_router(admin.router())
     app.add_api_route("/healthz", lambda: {"status": "ok"}, methods=["GET"])
     return app
 

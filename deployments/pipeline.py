@@ -18,25 +18,20 @@ from credits.pricing import WorkWeights
 from deployments.config import LeaseConfig, TierConfig
 from deployments.database import migrate, open_database, reader
 from deployments.errors import answer_for
+from deployments.expiry import expire_jobs
 from deployments.messages import Denoised, Encoded, Encoding, Published
 from deployments.purge import Purger
 from deployments.settlement import Ending, WorkDone, cancellation, settle
 from jobs.job import Job, JobId, JobState, Phase, Progress
-from jobs.store import (
-    LeaseLost,
-    cancelled_of,
-    extend_leases,
-    lease,
-    record,
-)
+from jobs.store import LeaseLost, cancelled_of, extend_leases, lease, record
 from media.object_store import ObjectStore
 from models.request import VideoRequest
 
 logger = logging.getLogger("ray.serve")
 
 BACKOFF_S = 0.5
-PURGE_S = 1.0
-INPUTS_EVERY = 60
+SWEEP_S = 1.0
+SELDOM = 60
 WORKER_LOST = (RayActorError, ObjectLostError, WorkerCrashedError)
 
 
@@ -83,7 +78,7 @@ class VideoPipeline:
                 self._lease_jobs(),
                 self._extend_leases(),
                 self._watch_cancellations(),
-                self._purge(),
+                self._sweep(),
             )
         ]
 
@@ -156,12 +151,18 @@ class VideoPipeline:
         with reader(self.engine).begin() as connection:
             return cancelled_of(connection, self.owner)
 
-    async def _purge(self) -> None:
+    async def _sweep(self) -> None:
         for round_number in itertools.count():
             await asyncio.to_thread(self.purger.purge_videos)
-            if round_number % INPUTS_EVERY == 0:
+            if round_number % SELDOM == 0:
                 await asyncio.to_thread(self.purger.purge_inputs)
-            await asyncio.sleep(PURGE_S)
+                await asyncio.to_thread(self._expire)
+            await asyncio.sleep(SWEEP_S)
+
+    def _expire(self) -> None:
+        ended = expire_jobs(self.engine, self.store, self.weights, self.leases, self.owner)
+        if ended:
+            logger.warning("%d jobs expired", ended)
 
     def _lease_ms(self) -> int:
         return int(self.leases.lease_s * 1000)

@@ -9,8 +9,9 @@ from sqlalchemy import Engine
 
 from deployments.database import reader
 from deployments.wire import event_json
+from jobs.events import events_after
 from jobs.job import Job, JobEvent, JobState
-from jobs.store import JobNotFound, events_after, get_job
+from jobs.store import JobNotFound, get_job
 
 POLL_S = 0.1
 KEEP_ALIVE_S = 10.0

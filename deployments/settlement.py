@@ -38,11 +38,15 @@ class WorkDone:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """Why a job ends. charge_work is False where the fault is ours: then all is refunded."""
+    """Why a job ends. charge_work is False where the fault is ours: then all is refunded.
+
+    expired: nobody finished the job in the time that any job has.
+    """
 
     state: JobState
     reason: str
     charge_work: bool
+    expired: bool = False
     video_key: str | None = None
     result: dict[str, Any] | None = None
     error_code: str | None = None
@@ -65,19 +69,20 @@ def settle(
     if ending.charge_work:
         share = done.share(request, weights)
         charged = charge(Fraction(job.quote_exact), Credits(job.quoted), share)
+    outcome = Outcome(
+        state=ending.state,
+        charged=charged,
+        refunded=job.quoted - charged,
+        reason=ending.reason,
+        video_key=ending.video_key,
+        result=ending.result,
+        error_code=ending.error_code,
+        error_message=ending.error_message,
+    )
     with engine.begin() as connection:
-        refunded = settle_reservation(connection, ReservationId(job.reservation_id), charged)
-        outcome = Outcome(
-            state=ending.state,
-            charged=charged,
-            refunded=refunded,
-            reason=ending.reason,
-            video_key=ending.video_key,
-            result=ending.result,
-            error_code=ending.error_code,
-            error_message=ending.error_message,
-        )
         finish(connection, job.id, lease_owner=lease_owner, outcome=outcome)
+        reservation_id = ReservationId(job.reservation_id)
+        settle_reservation(connection, reservation_id, charged, expired=ending.expired)
     if request.start_image is not None:
         store.delete(request.start_image)
     if ending.video_key is None:
@@ -88,6 +93,18 @@ def settle(
 def video_key(job_id: str) -> str:
     """Where a job's video lies in the object store."""
     return f"videos/{job_id}.mp4"
+
+
+def expiry() -> Ending:
+    """Nobody finished the job in the time that any job has; all is given back."""
+    return Ending(
+        JobState.FAILED,
+        "expired: all is refunded",
+        charge_work=False,
+        expired=True,
+        error_code="expired",
+        error_message="The video was not made in time; the credits are refunded.",
+    )
 
 
 def cancellation() -> Ending:

@@ -2,23 +2,25 @@
 
 from typing import Annotated, Any, Protocol
 
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from sqlalchemy import Engine
 from starlette.concurrency import run_in_threadpool
 
-from credits.accounts import Account, Unauthenticated, account_of_key, hash_api_key
 from credits.ledger import AlreadySettled
 from credits.pricing import WorkWeights
 from deployments.admission import Admission
+from deployments.authentication import Authenticator
 from deployments.config import LimitsConfig
 from deployments.database import reader
 from deployments.errors import VideoNotReady
+from deployments.idempotency import read_attempt
+from deployments.paging import Page
 from deployments.progress import stream_events
 from deployments.request_body import CreateBody, read_create_body
 from deployments.settlement import WorkDone, cancellation, settle
-from deployments.wire import credits_json, model_json, quote_json, video_json
+from deployments.wire import model_json, quote_json, video_json
 from jobs.job import FINAL_STATES, Job, JobState
 from jobs.store import LeaseLost, get_job, list_jobs, mark_deleted, request_cancel
 from media.object_store import LocalObjectStore
@@ -70,7 +72,7 @@ class VideoRoutes:
         engine: Engine,
         admission: Admission,
         store: LocalObjectStore,
-        pepper: bytes,
+        authenticate: Authenticator,
         limits: LimitsConfig,
         weights: WorkWeights,
         wake: Waker,
@@ -78,7 +80,7 @@ class VideoRoutes:
         self.engine = engine
         self.admission = admission
         self.store = store
-        self.pepper = pepper
+        self.authenticate = authenticate
         self.limits = limits
         self.weights = weights
         self.wake = wake
@@ -97,18 +99,9 @@ class VideoRoutes:
         add(content, self.get_content, methods=["HEAD"], include_in_schema=False)
         add("/v1/videos/{video_id}/events", self.get_events, methods=["GET"])
         add("/v1/models", self.list_models, methods=["GET"])
-        add("/v1/credits", self.get_credits, methods=["GET"])
         add("/api/v1/video/estimate", self.estimate, methods=["POST"], openapi_extra=body)
         add("/api/v1/video/generate", self.generate, methods=["POST"], openapi_extra=body)
         return router
-
-    def authenticate(self, request: Request) -> Account:
-        """The account of the bearer key; Unauthenticated comes before any other fault."""
-        scheme, _, api_key = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not api_key:
-            raise Unauthenticated
-        with reader(self.engine).begin() as connection:
-            return account_of_key(connection, hash_api_key(api_key.strip(), self.pepper))
 
     async def create_video(self, request: Request) -> JSONResponse:
         """Queue a video; the answer is the Videos API's Video."""
@@ -137,34 +130,19 @@ class VideoRoutes:
         return quote_json(resolved, model, self.admission.quote(resolved))
 
     def list_videos(
-        self,
-        request: Request,
-        after: str | None = None,
-        limit: Annotated[str, Query(pattern=r"^\d{1,3}$")] = "20",
-        order: str = "desc",
+        self, request: Request, page: Annotated[Page, Depends()], after: str | None = None
     ) -> dict[str, Any]:
         """A page of the account's videos, the newest first unless order is asc."""
         account = self.authenticate(request)
-        if not limit.isdecimal() or not 1 <= int(limit) <= 100:
-            raise InvalidRequest("limit", "limit must be 1 to 100")
-        if order not in ("asc", "desc"):
-            raise InvalidRequest("order", "order must be asc or desc")
         with reader(self.engine).begin() as connection:
-            page = list_jobs(
+            found = list_jobs(
                 connection,
                 account.id,
                 after=after,
-                limit=int(limit) + 1,
-                ascending=order == "asc",
+                limit=page.limit + 1,
+                ascending=page.ascending,
             )
-        data = [self._video(job) for job in page[: int(limit)]]
-        return {
-            "object": "list",
-            "data": data,
-            "first_id": data[0]["id"] if data else None,
-            "last_id": data[-1]["id"] if data else None,
-            "has_more": len(page) > int(limit),
-        }
+        return page.json([self._video(job) for job in found])
 
     def get_video(self, request: Request, video_id: str) -> JSONResponse:
         """A video as it stands."""
@@ -236,16 +214,15 @@ class VideoRoutes:
         models = [model_json(offer.model) for offer in self.admission.offers.values()]
         return {"object": "list", "data": models}
 
-    def get_credits(self, request: Request) -> dict[str, Any]:
-        """What the account has, holds in reservations and has spent."""
-        return credits_json(self.authenticate(request))
-
     async def _admit(self, request: Request) -> Job:
         account = await run_in_threadpool(self.authenticate, request)
         body = await read_create_body(request, self.limits)
         model = self.admission.offer(body.model).model
         resolved = await run_in_threadpool(body.resolve, model, self.limits)
-        job = await run_in_threadpool(self.admission.admit, account, resolved, body.start_image)
+        attempt = read_attempt(request, body)
+        job = await run_in_threadpool(
+            self.admission.admit, account, resolved, body.start_image, attempt
+        )
         self.wake()
         return job
 

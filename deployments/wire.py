@@ -1,8 +1,12 @@
 """Our nouns as the JSON of the HTTP API."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 from credits.accounts import Account
+from credits.api_keys import ApiKey
+from credits.audit import AuditEntry
+from credits.ledger import LedgerEntry
 from credits.pricing import Quote
 from jobs.job import Job, JobEvent, JobState
 from models.catalog import Model
@@ -15,6 +19,11 @@ STATUSES = {
     JobState.FAILED: "failed",
     JobState.CANCELLED: "failed",
 }
+
+
+ENTRY_COLUMNS = (
+    "number", "created_at", "kind", "amount", "debit", "credit", "reservation_id", "video_id",
+)  # fmt: skip
 
 
 def video_json(job: Job, model: Model | None) -> dict[str, Any]:
@@ -35,7 +44,7 @@ def video_json(job: Job, model: Model | None) -> dict[str, Any]:
         "status": STATUSES[job.state],
         "progress": job.percentage,
         "created_at": job.created_at_ms // 1000,
-        "completed_at": None if job.finished_at_ms is None else job.finished_at_ms // 1000,
+        "completed_at": _seconds(job.finished_at_ms),
         "expires_at": None,
         "seconds": f"{request.num_frames / request.fps:g}",
         "size": f"{request.width}x{request.height}",
@@ -127,3 +136,87 @@ def credits_json(account: Account) -> dict[str, Any]:
         "reserved": account.reserved,
         "spent": account.spent,
     }
+
+
+def entry_json(entry: LedgerEntry, video_id: str | None) -> dict[str, Any]:
+    """A transfer of credits, under ENTRY_COLUMNS' names; created_at is ISO 8601 in UTC."""
+    return {
+        "number": entry.number,
+        "created_at": _iso(entry.created_at_ms),
+        "kind": entry.kind,
+        "amount": entry.amount,
+        "debit": entry.debit,
+        "credit": entry.credit,
+        "reservation_id": entry.reservation_id,
+        "video_id": video_id,
+    }
+
+
+def key_json(key: ApiKey) -> dict[str, Any]:
+    """An API key without its secret; times in seconds since 1970, as the Videos API has them."""
+    return {
+        "id": key.id,
+        "object": "api_key",
+        "name": key.name,
+        "hint": key.hint,
+        "created_at": key.created_at_ms // 1000,
+        "expires_at": _seconds(key.expires_at_ms),
+        "revoked_at": _seconds(key.revoked_at_ms),
+        "last_used_at": _seconds(key.last_used_at_ms),
+    }
+
+
+def account_json(account: Account) -> dict[str, Any]:
+    """An account as the operator sees it."""
+    return {
+        "id": account.id,
+        "object": "account",
+        "name": account.name,
+        **credits_json(account),
+        "max_jobs": account.max_jobs,
+        "open_jobs": account.open_reservations,
+        "disabled": account.disabled,
+        "created_at": account.created_at_ms // 1000,
+    }
+
+
+def job_json(job: Job) -> dict[str, Any]:
+    """A job as the operator sees it: its money and where it stands, not what it shows."""
+    return {
+        "id": job.id,
+        "object": "job",
+        "state": job.state,
+        "model": job.model,
+        "tier": job.tier,
+        "priority": job.priority,
+        "attempt": job.attempt,
+        "percentage": job.percentage,
+        "quoted": job.quoted,
+        "charged": job.charged,
+        "refunded": job.refunded,
+        "reason": job.reason,
+        "error_code": job.error_code,
+        "reservation_id": job.reservation_id,
+        "created_at": job.created_at_ms // 1000,
+        "finished_at": _seconds(job.finished_at_ms),
+    }
+
+
+def audit_json(entry: AuditEntry) -> dict[str, Any]:
+    """An act in the audit log; created_at is ISO 8601 in UTC."""
+    return {
+        "number": entry.number,
+        "created_at": _iso(entry.created_at_ms),
+        "actor": entry.actor,
+        "action": entry.action,
+        "account_id": entry.account_id,
+        "details": entry.details,
+    }
+
+
+def _seconds(time_ms: int | None) -> int | None:
+    return None if time_ms is None else time_ms // 1000
+
+
+def _iso(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds")

@@ -98,3 +98,5 @@ class Job:
     result: dict[str, Any] | None
     error_code: str | None
     error_message: str | None
+    idempotency_key: str | None
+    fields_hash: str | None

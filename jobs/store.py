@@ -1,4 +1,4 @@
-"""Jobs and their events in the database; the only truth about what is queued, running or done.
+"""Jobs in the database; the only truth about what is queued, running or done.
 
 The caller owns the transaction. Every change of state names the state and the lease that it
 starts from, so that of two processes that think they hold a job only one can move it.
@@ -8,116 +8,22 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Boolean,
-    CheckConstraint,
-    Column,
+    ColumnElement,
     Connection,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
     Row,
     Select,
-    String,
-    Table,
     and_,
     case,
-    false,
     func,
     insert,
     or_,
     select,
-    text,
     update,
 )
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.functions import FunctionElement
 
-from jobs.job import FINAL_STATES, Job, JobEvent, JobId, JobState, Outcome, Phase, Progress
-
-metadata = MetaData()
-
-
-class now_ms(FunctionElement[int]):
-    """The database's clock, in milliseconds since 1970."""
-
-    inherit_cache = True
-    type = BigInteger()
-
-
-@compiles(now_ms, "sqlite")
-def _now_ms_sqlite(*_: Any, **__: Any) -> str:
-    return "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
-
-
-@compiles(now_ms, "postgresql")
-def _now_ms_postgresql(*_: Any, **__: Any) -> str:
-    return "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)"
-
-
-jobs = Table(
-    "jobs",
-    metadata,
-    Column("number", Integer, primary_key=True, autoincrement=True),
-    Column("id", String, nullable=False, unique=True),
-    Column("account_id", String, nullable=False),
-    Column("state", String, nullable=False),
-    Column("model", String, nullable=False),
-    Column("tier", String, nullable=False),
-    Column("priority", Integer, nullable=False),
-    Column("request", JSON, nullable=False),
-    Column("quoted", BigInteger, nullable=False),
-    Column("quote_exact", String, nullable=False),
-    Column("reservation_id", String, nullable=False, unique=True),
-    Column("created_at_ms", BigInteger, nullable=False),
-    Column("started_at_ms", BigInteger),
-    Column("finished_at_ms", BigInteger),
-    Column("lease_owner", String),
-    Column("lease_expires_at_ms", BigInteger),
-    Column("attempt", Integer, nullable=False, server_default=text("0")),
-    Column("percentage", Integer, nullable=False, server_default=text("0")),
-    Column("cancel_requested", Boolean, nullable=False, server_default=false()),
-    Column("deleted", Boolean, nullable=False, server_default=false()),
-    Column("charged", BigInteger),
-    Column("refunded", BigInteger),
-    Column("reason", String),
-    Column("video_key", String),
-    Column("result", JSON(none_as_null=True)),
-    Column("error_code", String),
-    Column("error_message", String),
-    CheckConstraint(
-        "state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="state_known"
-    ),
-    CheckConstraint(
-        "(state IN ('queued', 'running')) = (charged IS NULL)", name="final_means_settled"
-    ),
-    CheckConstraint("(state = 'running') = (lease_owner IS NOT NULL)", name="running_is_leased"),
-    Index("jobs_of_account", "account_id", "number"),
-    Index("jobs_open", "state", "tier", "priority", "number"),
-    Index(
-        "jobs_purgeable",
-        "number",
-        sqlite_where=text("deleted AND video_key IS NOT NULL"),
-        postgresql_where=text("deleted AND video_key IS NOT NULL"),
-    ),
-)
-
-job_events = Table(
-    "job_events",
-    metadata,
-    Column("job_id", String, ForeignKey("jobs.id"), primary_key=True),
-    Column("seq", Integer, primary_key=True),
-    Column("phase", String, nullable=False),
-    Column("percentage", Integer, nullable=False),
-    Column("step", Integer, nullable=False),
-    Column("num_steps", Integer, nullable=False),
-    Column("frame", Integer, nullable=False),
-    Column("num_frames", Integer, nullable=False),
-    Column("state", String),
-    Column("created_at_ms", BigInteger, nullable=False),
-)
+from jobs.events import append_event
+from jobs.job import FINAL_STATES, Job, JobId, JobState, Outcome, Phase, Progress
+from jobs.tables import jobs, now_ms
 
 
 class JobNotFound(Exception):
@@ -129,6 +35,17 @@ class JobNotFound(Exception):
 
     def __str__(self) -> str:
         return f"No video with id {self.job_id!r}."
+
+
+class IdempotencyConflict(Exception):
+    """The Idempotency-Key was used before, with other fields."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"Idempotency-Key {self.key!r} was used with other fields"
 
 
 class LeaseLost(Exception):
@@ -149,17 +66,8 @@ def enqueue(connection: Connection, values: dict[str, Any]) -> Job:
         .values(state=JobState.QUEUED, created_at_ms=now_ms(), **values)
         .returning(*jobs.c)
     ).one()
-    _append_event(connection, inserted.id, Progress(Phase.QUEUED, 0), None)
+    append_event(connection, inserted.id, Progress(Phase.QUEUED, 0), None)
     return _to_job(inserted)
-
-
-def count_open(connection: Connection, account_id: str) -> int:
-    """How many of an account's jobs are queued or running."""
-    return connection.execute(
-        select(func.count())
-        .select_from(jobs)
-        .where(jobs.c.account_id == account_id, jobs.c.state.not_in(FINAL_STATES))
-    ).scalar_one()
 
 
 def lease(
@@ -173,16 +81,25 @@ def lease(
 
     but: jobs that owner is at work on, whose leases it let run out unawares.
     """
+    wanted = and_(jobs.c.tier.in_(tiers), jobs.c.id.not_in(but))
+    return _lease(connection, owner, wanted, lease_ms)
+
+
+def lease_overdue(connection: Connection, owner: str, max_age_ms: int, lease_ms: int) -> Job | None:
+    """Take a job of any tier that nobody has finished max_age_ms after it was queued."""
+    return _lease(connection, owner, jobs.c.created_at_ms < now_ms() - max_age_ms, lease_ms)
+
+
+def _lease(
+    connection: Connection, owner: str, wanted: ColumnElement[bool], lease_ms: int
+) -> Job | None:
+    free = or_(
+        jobs.c.state == JobState.QUEUED,
+        and_(jobs.c.state == JobState.RUNNING, jobs.c.lease_expires_at_ms < now_ms()),
+    )
     candidate = (
         select(jobs.c.number)
-        .where(
-            jobs.c.tier.in_(tiers),
-            jobs.c.id.not_in(but),
-            or_(
-                jobs.c.state == JobState.QUEUED,
-                and_(jobs.c.state == JobState.RUNNING, jobs.c.lease_expires_at_ms < now_ms()),
-            ),
-        )
+        .where(wanted, free)
         .order_by(jobs.c.priority.desc(), jobs.c.number)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -247,7 +164,7 @@ def record(connection: Connection, job_id: JobId, owner: str, progress: Progress
     ).first()
     if row is None:
         raise LeaseLost(job_id)
-    _append_event(connection, job_id, progress, None, percentage=row.percentage)
+    append_event(connection, job_id, progress, None, percentage=row.percentage)
 
 
 def finish(
@@ -283,16 +200,23 @@ def finish(
     ).first()
     if row is None:
         raise LeaseLost(job_id)
-    _append_event(connection, job_id, Progress(Phase.DONE, row.percentage), outcome.state)
+    append_event(connection, job_id, Progress(Phase.DONE, row.percentage), outcome.state)
 
 
 def request_cancel(connection: Connection, job_id: JobId) -> None:
-    """Ask whoever runs the job to stop at the next step."""
+    """Ask whoever runs the job, or will lease it first, to stop at the next step."""
     connection.execute(
         update(jobs)
-        .where(jobs.c.id == job_id, jobs.c.state == JobState.RUNNING)
+        .where(jobs.c.id == job_id, jobs.c.state.not_in(FINAL_STATES))
         .values(cancel_requested=True)
     )
+
+
+def open_jobs(connection: Connection, account_id: str) -> list[Job]:
+    """What an account has queued or running."""
+    is_open = jobs.c.state.not_in(FINAL_STATES)
+    query = select(jobs).where(jobs.c.account_id == account_id, is_open)
+    return [_to_job(row) for row in connection.execute(query)]
 
 
 def mark_deleted(connection: Connection, job_id: JobId) -> None:
@@ -324,6 +248,48 @@ def get_job(connection: Connection, job_id: str, account_id: str | None = None) 
     return _to_job(row)
 
 
+def find_by_key(connection: Connection, account_id: str, key: str, fields_hash: str) -> Job | None:
+    """The job that an account made under an Idempotency-Key, deleted or not.
+
+    IdempotencyConflict if it was made from other fields.
+    """
+    row = connection.execute(
+        select(jobs).where(jobs.c.account_id == account_id, jobs.c.idempotency_key == key)
+    ).first()
+    if row is not None and row.fields_hash != fields_hash:
+        raise IdempotencyConflict(key)
+    return None if row is None else _to_job(row)
+
+
+def find_recent(
+    connection: Connection, account_id: str, fields_hash: str, max_age_ms: int
+) -> Job | None:
+    """The account's newest job of these fields without a key, if it is young enough."""
+    row = connection.execute(
+        select(jobs)
+        .where(
+            jobs.c.account_id == account_id,
+            jobs.c.fields_hash == fields_hash,
+            jobs.c.idempotency_key.is_(None),
+            jobs.c.created_at_ms > now_ms() - max_age_ms,
+            ~jobs.c.deleted,
+        )
+        .order_by(jobs.c.number.desc())
+        .limit(1)
+    ).first()
+    return None if row is None else _to_job(row)
+
+
+def jobs_of_reservations(
+    connection: Connection, reservation_ids: Collection[str]
+) -> dict[str, JobId]:
+    """The job that each reservation is held for; deleted ones too."""
+    rows = connection.execute(
+        select(jobs.c.reservation_id, jobs.c.id).where(jobs.c.reservation_id.in_(reservation_ids))
+    )
+    return {row.reservation_id: JobId(row.id) for row in rows}
+
+
 def list_jobs(
     connection: Connection, account_id: str, *, after: str | None, limit: int, ascending: bool
 ) -> list[Job]:
@@ -337,58 +303,6 @@ def list_jobs(
         query = query.where(jobs.c.number > number if ascending else jobs.c.number < number)
     order = jobs.c.number.asc() if ascending else jobs.c.number.desc()
     return [_to_job(row) for row in connection.execute(query.order_by(order).limit(limit))]
-
-
-def events_after(connection: Connection, job_id: JobId, seq: int) -> list[JobEvent]:
-    """The events of a job behind seq, in order; seq 0 gives all."""
-    rows = connection.execute(
-        select(job_events)
-        .where(job_events.c.job_id == job_id, job_events.c.seq > seq)
-        .order_by(job_events.c.seq)
-    )
-    return [
-        JobEvent(
-            row.seq,
-            Progress(
-                Phase(row.phase),
-                row.percentage,
-                row.step,
-                row.num_steps,
-                row.frame,
-                row.num_frames,
-            ),
-            row.created_at_ms,
-            None if row.state is None else JobState(row.state),
-        )
-        for row in rows
-    ]
-
-
-def _append_event(
-    connection: Connection,
-    job_id: str,
-    progress: Progress,
-    state: JobState | None,
-    *,
-    percentage: int | None = None,
-) -> None:
-    last = select(func.coalesce(func.max(job_events.c.seq), 0) + 1).where(
-        job_events.c.job_id == job_id
-    )
-    connection.execute(
-        insert(job_events).values(
-            job_id=job_id,
-            seq=last.scalar_subquery(),
-            phase=progress.phase,
-            percentage=progress.percentage if percentage is None else percentage,
-            step=progress.step,
-            num_steps=progress.num_steps,
-            frame=progress.frame,
-            num_frames=progress.num_frames,
-            state=state,
-            created_at_ms=now_ms(),
-        )
-    )
 
 
 def _to_job(row: Row[Any]) -> Job:

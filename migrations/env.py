@@ -4,7 +4,7 @@ from alembic import context
 from sqlalchemy import Connection
 
 from credits.accounts import metadata as credits_metadata
-from jobs.store import metadata as jobs_metadata
+from jobs.tables import metadata as jobs_metadata
 
 connection: Connection = context.config.attributes["connection"]
 context.configure(

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, make_url
 
-from credits.accounts import Account, AccountId, create_account, find_account, hash_api_key
+from bench.postgresql import fresh_database, running_postgresql
+from credits.accounts import Account, AccountId, create_account, find_account
+from credits.api_keys import add_api_key
 from credits.ledger import grant
 from credits.plans import Plan
 from credits.pricing import Credits
@@ -20,6 +22,7 @@ from training.random_checkpoint import write_random_checkpoint
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 PEPPER = b"pepper"
+ADMIN_KEY = "mk_admin_of_the_tests"
 
 
 @pytest.fixture(scope="session")
@@ -46,9 +49,31 @@ def a_request(model: Model) -> Callable[..., VideoRequest]:
     return make
 
 
-@pytest.fixture
-def database_url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'test.db'}"
+@pytest.fixture(scope="session")
+def postgresql_url() -> Iterator[str]:
+    with running_postgresql() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def postgresql_template(postgresql_url: str) -> Iterator[str]:
+    """The name of a migrated database, to copy for each test."""
+    with fresh_database(postgresql_url) as url:
+        engine = open_database(url)
+        migrate(engine)
+        engine.dispose()
+        yield str(make_url(url).database)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A fresh database; each test that takes it runs on both kinds."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'test.db'}"
+        return
+    server = request.getfixturevalue("postgresql_url")
+    with fresh_database(server, request.getfixturevalue("postgresql_template")) as url:
+        yield url
 
 
 @pytest.fixture
@@ -67,8 +92,8 @@ def an_account(engine: Engine) -> Callable[..., Account]:
         account_id: str = "alice", *, plan: Plan = Plan.ENTERPRISE, credits: int = 1000
     ) -> Account:
         with engine.begin() as connection:
-            key_hash = hash_api_key(f"key-{account_id}", PEPPER)
-            create_account(connection, AccountId(account_id), account_id, plan, key_hash)
+            create_account(connection, AccountId(account_id), account_id, plan)
+            add_api_key(connection, AccountId(account_id), f"key-{account_id}", PEPPER)
             if credits:
                 grant(connection, AccountId(account_id), Credits(credits))
         return read_account(engine, account_id)

@@ -25,7 +25,7 @@ from jobs.store import get_job, lease
 from media.object_store import LocalObjectStore
 from models.catalog import Model
 from models.request import VideoRequest
-from tests.conftest import PEPPER
+from tests.conftest import ADMIN_KEY, PEPPER
 
 
 @dataclass
@@ -64,6 +64,7 @@ def door(
 ) -> Iterator[Door]:
     offers = {model.id: Offer(model, (ServedOn(tier=GpuTier.LOCAL),))}
     (tmp_path / "pepper").write_bytes(PEPPER)
+    (tmp_path / "admin_key").write_text(ADMIN_KEY)
     parts = IngressParts(
         home=tmp_path,
         database_url=database_url,

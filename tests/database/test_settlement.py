@@ -12,9 +12,7 @@ from credits.plans import TooManyJobs
 from credits.pricing import WorkWeights
 from deployments.settlement import Ending, WorkDone, cancellation, settle
 from jobs.job import Job, JobState, Outcome
-from jobs.store import (
-    LeaseLost,
-)
+from jobs.store import LeaseLost
 from media.object_store import LocalObjectStore
 from models.request import VideoRequest
 from tests.conftest import read_account

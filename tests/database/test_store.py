@@ -15,25 +15,24 @@ from credits.accounts import Account
 from credits.accounts import metadata as credits_metadata
 from deployments.database import migrate, open_database, reader
 from deployments.purge import Purger
+from jobs.events import events_after
 from jobs.job import Job, JobState, Outcome, Phase, Progress
 from jobs.store import (
     JobNotFound,
     LeaseLost,
     cancelled_of,
-    events_after,
     extend_leases,
     finish,
     get_job,
-    jobs,
     lease,
     list_jobs,
     mark_deleted,
     mark_purged,
-    metadata,
     purgeable,
     record,
     request_cancel,
 )
+from jobs.tables import jobs, metadata
 from media.object_store import LocalObjectStore
 from tests.conftest import read_account
 from tests.database.conftest import job_now, lease_now
@@ -251,11 +250,13 @@ def test_readers_do_not_wait_for_a_writer(engine: Engine, an_account: AnAccount)
         assert read_account(engine, account.id).name == "alice"
 
 
-def test_a_database_is_one_file_in_its_folder(tmp_path: Path, engine: Engine) -> None:
-    assert (tmp_path / "test.db").is_file()
+def test_a_database_is_one_file_in_its_folder(tmp_path: Path) -> None:
+    engine = open_database(f"sqlite:///{tmp_path / 'new' / 'test.db'}")
     with engine.connect() as connection:
         assert connection.execute(text("PRAGMA journal_mode")).scalar_one() == "wal"
         assert connection.execute(text("PRAGMA synchronous")).scalar_one() == 2
+    assert (tmp_path / "new" / "test.db").is_file()
+    engine.dispose()
 
 
 def test_a_start_image_that_a_kill_left_behind_is_deleted_when_seen_twice(

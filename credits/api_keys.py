@@ -1,0 +1,181 @@
+"""API keys: 256 random bits of which only a keyed hash is stored."""
+
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass
+from typing import NewType
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ColumnElement,
+    Connection,
+    ForeignKey,
+    Row,
+    String,
+    Table,
+    and_,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
+
+from credits.accounts import Account, AccountId, accounts, metadata, to_account
+
+KeyId = NewType("KeyId", str)
+
+SECONDS_BETWEEN_USES = 60
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("key_hash", String, primary_key=True),
+    Column("id", String, nullable=False, unique=True),
+    Column("account_id", String, ForeignKey("accounts.id"), nullable=False, index=True),
+    Column("name", String, nullable=False),
+    Column("hint", String, nullable=False),
+    Column("created_at_ms", BigInteger, nullable=False),
+    Column("expires_at_ms", BigInteger),
+    Column("revoked_at_ms", BigInteger),
+    Column("last_used_at_ms", BigInteger),
+)
+
+
+class Unauthenticated(Exception):
+    """No API key was given, or none of ours that is still good."""
+
+    def __str__(self) -> str:
+        return "A valid API key is needed: Authorization: Bearer mk_live_..."
+
+
+class KeyNotFound(Exception):
+    """No such API key, or another account's."""
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(key_id)
+        self.key_id = key_id
+
+    def __str__(self) -> str:
+        return f"No API key with id {self.key_id!r}."
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """What is known of a key; hint is its beginning. last_used_at_ms is right to a minute."""
+
+    id: KeyId
+    account_id: AccountId
+    name: str
+    hint: str
+    created_at_ms: int
+    expires_at_ms: int | None
+    revoked_at_ms: int | None
+    last_used_at_ms: int | None
+
+
+def new_api_key() -> str:
+    """256 random bits; only its hash is stored."""
+    return f"mk_live_{secrets.token_urlsafe(32)}"
+
+
+def hash_api_key(api_key: str, pepper: bytes) -> str:
+    """HMAC-SHA256, so that a stolen table is of no use without the pepper."""
+    return hmac.new(pepper, api_key.encode(), hashlib.sha256).hexdigest()
+
+
+def add_api_key(
+    connection: Connection,
+    account_id: AccountId,
+    api_key: str,
+    pepper: bytes,
+    *,
+    name: str = "",
+    valid_s: int | None = None,
+) -> ApiKey:
+    """Let one more key speak for the account, for ever or for valid_s seconds."""
+    row = connection.execute(
+        insert(api_keys)
+        .values(
+            key_hash=hash_api_key(api_key, pepper),
+            id=f"key_{secrets.token_hex(12)}",
+            account_id=account_id,
+            name=name,
+            hint=api_key[:12],
+            created_at_ms=_now_ms(),
+            expires_at_ms=None if valid_s is None else _now_ms() + 1000 * valid_s,
+        )
+        .returning(*api_keys.c)
+    ).one()
+    return _to_key(row)
+
+
+def account_of_key(connection: Connection, key_hash: str) -> tuple[Account, ApiKey]:
+    """The account that a key speaks for; Unauthenticated if there is none or no longer."""
+    row = connection.execute(
+        select(api_keys).where(api_keys.c.key_hash == key_hash, _is_good())
+    ).first()
+    if row is None:
+        raise Unauthenticated
+    account = connection.execute(select(accounts).where(accounts.c.id == row.account_id)).one()
+    return to_account(account), _to_key(row)
+
+
+def needs_note(connection: Connection, key: ApiKey) -> bool:
+    """Whether the last use on record is older than a minute."""
+    fresh = (
+        key.last_used_at_ms is not None
+        and connection.execute(
+            select(_now_ms() - key.last_used_at_ms < 1000 * SECONDS_BETWEEN_USES)
+        ).scalar_one()
+    )
+    return not fresh
+
+
+def note_use(connection: Connection, key_id: KeyId) -> None:
+    """Put down that a key is in use."""
+    connection.execute(
+        update(api_keys).where(api_keys.c.id == key_id).values(last_used_at_ms=_now_ms())
+    )
+
+
+def list_api_keys(connection: Connection, account_id: AccountId) -> list[ApiKey]:
+    """All keys of an account, those that are no longer good included, the oldest first."""
+    query = select(api_keys).where(api_keys.c.account_id == account_id)
+    rows = connection.execute(query.order_by(api_keys.c.created_at_ms, api_keys.c.id))
+    return [_to_key(row) for row in rows]
+
+
+def revoke_api_key(
+    connection: Connection, key_id: str, account_id: AccountId | None = None
+) -> ApiKey:
+    """End a key's validity at once; KeyNotFound unless it is, where given, the account's."""
+    where = [api_keys.c.id == key_id]
+    if account_id is not None:
+        where.append(api_keys.c.account_id == account_id)
+    row = connection.execute(
+        update(api_keys)
+        .where(*where)
+        .values(revoked_at_ms=func.coalesce(api_keys.c.revoked_at_ms, _now_ms()))
+        .returning(*api_keys.c)
+    ).first()
+    if row is None:
+        raise KeyNotFound(key_id)
+    return _to_key(row)
+
+
+def _is_good() -> ColumnElement[bool]:
+    unexpired = or_(api_keys.c.expires_at_ms.is_(None), api_keys.c.expires_at_ms > _now_ms())
+    return and_(api_keys.c.revoked_at_ms.is_(None), unexpired)
+
+
+def _now_ms() -> "ColumnElement[int]":
+    return func.now_ms(type_=BigInteger())
+
+
+def _to_key(row: Row[tuple[object, ...]]) -> ApiKey:
+    values = dict(row._mapping)
+    del values["key_hash"]
+    return ApiKey(**values)

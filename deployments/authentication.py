@@ -1,0 +1,49 @@
+"""Who is asking: the bearer key's account, read anew at every request."""
+
+import hmac
+
+from fastapi import Request
+from sqlalchemy import Engine
+
+from credits.accounts import Account
+from credits.api_keys import Unauthenticated, account_of_key, hash_api_key, needs_note, note_use
+from deployments.database import reader
+
+
+class Authenticator:
+    """Holds no account's key in memory: one that is revoked is refused at once by every replica."""
+
+    def __init__(self, engine: Engine, pepper: bytes) -> None:
+        self.engine = engine
+        self.pepper = pepper
+
+    def __call__(self, request: Request) -> Account:
+        """The account of the bearer key; Unauthenticated comes before any other fault."""
+        key_hash = hash_api_key(bearer(request), self.pepper)
+        with reader(self.engine).begin() as connection:
+            account, key = account_of_key(connection, key_hash)
+            is_stale = needs_note(connection, key)
+        if is_stale:
+            with self.engine.begin() as connection:
+                note_use(connection, key.id)
+        return account
+
+
+class AdminAuthenticator:
+    """Lets the one admin key through."""
+
+    def __init__(self, admin_key: str) -> None:
+        self.admin_key = admin_key.encode()
+
+    def __call__(self, request: Request) -> None:
+        """Unauthenticated for every other key."""
+        if not hmac.compare_digest(bearer(request).encode(), self.admin_key):
+            raise Unauthenticated
+
+
+def bearer(request: Request) -> str:
+    """The key of `Authorization: Bearer KEY`; Unauthenticated without one."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        raise Unauthenticated
+    return key.strip()

@@ -1,0 +1,29 @@
+"""Ends jobs that nobody finished: exactly once, whichever replicas look."""
+
+from sqlalchemy import Engine
+
+from credits.pricing import WorkWeights
+from deployments.config import LeaseConfig
+from deployments.settlement import WorkDone, expiry, settle
+from jobs.store import lease_overdue
+from media.object_store import ObjectStore
+
+
+def expire_jobs(
+    engine: Engine, store: ObjectStore, weights: WorkWeights, leases: LeaseConfig, owner: str
+) -> int:
+    """End every job that is older than max_age_s and that nobody is at work on; how many.
+
+    Each is leased before it is ended, so of several sweepers one ends it; one that is killed in
+    between leaves it to the next after lease_s.
+    """
+    ended = 0
+    while True:
+        with engine.begin() as connection:
+            job = lease_overdue(
+                connection, owner, int(leases.max_age_s * 1000), int(leases.lease_s * 1000)
+            )
+        if job is None:
+            return ended
+        settle(engine, store, weights, job, lease_owner=owner, done=WorkDone(), ending=expiry())
+        ended += 1

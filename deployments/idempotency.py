@@ -1,0 +1,51 @@
+"""The same request sent twice makes one job: by its Idempotency-Key, or as a client's own retry."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from fastapi import Request
+from sqlalchemy import Connection
+
+from deployments.request_body import CreateBody
+from jobs.job import Job
+from jobs.store import find_by_key, find_recent
+from models.request import InvalidRequest
+
+MAX_KEY_CHARS = 255
+RETRY_WITHIN_MS = 10 * 60 * 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One sending of a create request.
+
+    is_retry: the official client says so (`x-stainless-retry-count`). It sends no key, and each
+    time another multipart boundary, so its retries are known by their parsed fields.
+    """
+
+    fields_hash: str
+    key: str | None = None
+    is_retry: bool = False
+
+    def find_first(self, connection: Connection, account_id: str) -> Job | None:
+        """The job that an earlier sending made; IdempotencyConflict if it had other fields."""
+        if self.key is not None:
+            return find_by_key(connection, account_id, self.key, self.fields_hash)
+        if self.is_retry:
+            return find_recent(connection, account_id, self.fields_hash, RETRY_WITHIN_MS)
+        return None
+
+
+def read_attempt(request: Request, body: CreateBody) -> Attempt:
+    """What the headers and the parsed fields say; InvalidRequest for a key that is no key."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and not (0 < len(key) <= MAX_KEY_CHARS and key.isprintable()):
+        message = f"Idempotency-Key must be 1 to {MAX_KEY_CHARS} printable characters"
+        raise InvalidRequest("Idempotency-Key", message)
+    image = None if body.start_image is None else hashlib.sha256(body.start_image).hexdigest()
+    said = json.dumps([body.model, body.fields, image], sort_keys=True, default=str)
+    retries = request.headers.get("x-stainless-retry-count", "0")
+    return Attempt(
+        hashlib.sha256(said.encode()).hexdigest(), key, retries.isdecimal() and int(retries) >= 1
+    )

@@ -1,0 +1,59 @@
+"""What happened to a job, in order: the rows that progress is shown from."""
+
+from sqlalchemy import Connection, func, insert, select
+
+from jobs.job import JobEvent, JobId, JobState, Phase, Progress
+from jobs.tables import job_events, now_ms
+
+
+def append_event(
+    connection: Connection,
+    job_id: str,
+    progress: Progress,
+    state: JobState | None,
+    *,
+    percentage: int | None = None,
+) -> None:
+    """Add a job's next event, in the transaction that changes the job's row."""
+    last = select(func.coalesce(func.max(job_events.c.seq), 0) + 1).where(
+        job_events.c.job_id == job_id
+    )
+    connection.execute(
+        insert(job_events).values(
+            job_id=job_id,
+            seq=last.scalar_subquery(),
+            phase=progress.phase,
+            percentage=progress.percentage if percentage is None else percentage,
+            step=progress.step,
+            num_steps=progress.num_steps,
+            frame=progress.frame,
+            num_frames=progress.num_frames,
+            state=state,
+            created_at_ms=now_ms(),
+        )
+    )
+
+
+def events_after(connection: Connection, job_id: JobId, seq: int) -> list[JobEvent]:
+    """The events of a job behind seq, in order; seq 0 gives all."""
+    rows = connection.execute(
+        select(job_events)
+        .where(job_events.c.job_id == job_id, job_events.c.seq > seq)
+        .order_by(job_events.c.seq)
+    )
+    return [
+        JobEvent(
+            row.seq,
+            Progress(
+                Phase(row.phase),
+                row.percentage,
+                row.step,
+                row.num_steps,
+                row.frame,
+                row.num_frames,
+            ),
+            row.created_at_ms,
+            None if row.state is None else JobState(row.state),
+        )
+        for row in rows
+    ]

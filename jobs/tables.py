@@ -1,0 +1,93 @@
+"""The tables of jobs and of their events."""
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ColumnElement,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    false,
+    func,
+    text,
+)
+
+metadata = MetaData()
+
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=True),
+    Column("id", String, nullable=False, unique=True),
+    Column("account_id", String, nullable=False),
+    Column("state", String, nullable=False),
+    Column("model", String, nullable=False),
+    Column("tier", String, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("request", JSON, nullable=False),
+    Column("quoted", BigInteger, nullable=False),
+    Column("quote_exact", String, nullable=False),
+    Column("reservation_id", String, nullable=False, unique=True),
+    Column("created_at_ms", BigInteger, nullable=False),
+    Column("started_at_ms", BigInteger),
+    Column("finished_at_ms", BigInteger),
+    Column("lease_owner", String),
+    Column("lease_expires_at_ms", BigInteger),
+    Column("attempt", Integer, nullable=False, server_default=text("0")),
+    Column("percentage", Integer, nullable=False, server_default=text("0")),
+    Column("cancel_requested", Boolean, nullable=False, server_default=false()),
+    Column("deleted", Boolean, nullable=False, server_default=false()),
+    Column("charged", BigInteger),
+    Column("refunded", BigInteger),
+    Column("reason", String),
+    Column("video_key", String),
+    Column("result", JSON(none_as_null=True)),
+    Column("error_code", String),
+    Column("error_message", String),
+    Column("idempotency_key", String),
+    Column("fields_hash", String),
+    CheckConstraint(
+        "state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="state_known"
+    ),
+    CheckConstraint(
+        "(state IN ('queued', 'running')) = (charged IS NULL)", name="final_means_settled"
+    ),
+    CheckConstraint("(state = 'running') = (lease_owner IS NOT NULL)", name="running_is_leased"),
+    Index("jobs_of_account", "account_id", "number"),
+    Index("jobs_idempotency_key", "account_id", "idempotency_key", unique=True),
+    Index("jobs_same_fields", "account_id", "fields_hash", "number"),
+    Index("jobs_open", "state", "tier", "priority", "number"),
+    Index(
+        "jobs_purgeable",
+        "number",
+        sqlite_where=text("deleted AND video_key IS NOT NULL"),
+        postgresql_where=text("deleted AND video_key IS NOT NULL"),
+    ),
+)
+
+job_events = Table(
+    "job_events",
+    metadata,
+    Column("job_id", String, ForeignKey("jobs.id"), primary_key=True),
+    Column("seq", Integer, primary_key=True),
+    Column("phase", String, nullable=False),
+    Column("percentage", Integer, nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("num_steps", Integer, nullable=False),
+    Column("frame", Integer, nullable=False),
+    Column("num_frames", Integer, nullable=False),
+    Column("state", String),
+    Column("created_at_ms", BigInteger, nullable=False),
+)
+
+
+def now_ms() -> ColumnElement[int]:
+    """The database's clock, in milliseconds since 1970."""
+    return func.now_ms(type_=BigInteger())

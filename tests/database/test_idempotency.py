@@ -1,0 +1,117 @@
+"""The same request sent twice is one job and one charge."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, update
+
+from credits.accounts import Account
+from jobs.tables import jobs
+from tests.conftest import read_account
+from tests.database.conftest import Door, png
+
+AnAccount = Callable[..., Account]
+BODY = {"prompt": "a red circle", "num_frames": 13}
+
+
+def create(
+    door: Door, body: dict[str, Any] = BODY, account_id: str = "alice", **headers: str
+) -> Any:
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    return door.as_account(account_id)("POST", "/v1/videos", json=body, headers=sent)
+
+
+def test_a_key_used_again_answers_with_the_first_job(
+    engine: Engine, door: Door, alice: Account
+) -> None:
+    first = create(door, idempotency_key="k").json()
+    again = create(door, idempotency_key="k")
+    assert (again.status_code, again.json()["id"]) == (200, first["id"])
+    assert create(door, idempotency_key="other").json()["id"] != first["id"]
+    assert read_account(engine, "alice").reserved == 2 * 26
+
+
+def test_a_key_with_other_fields_is_409_and_not_retried(
+    engine: Engine, door: Door, alice: Account
+) -> None:
+    create(door, idempotency_key="k")
+    for body in ({**BODY, "seed": 1}, {**BODY, "input_reference": None, "fps": 9}):
+        refused = create(door, body, idempotency_key="k")
+        assert refused.status_code == 409
+        assert refused.json()["error"]["code"] == "idempotency_conflict"
+        assert refused.headers["x-should-retry"] == "false"
+    assert read_account(engine, "alice").reserved == 26
+
+
+def test_a_start_image_is_one_of_the_fields(door: Door, alice: Account) -> None:
+    call = door.as_account()
+
+    def send(side: int) -> Any:
+        files = {"input_reference": ("x.png", png(side, side))}
+        headers = {"idempotency-key": "k"}
+        return call("POST", "/v1/videos", data={"prompt": "x"}, files=files, headers=headers)
+
+    first = send(20)
+    assert send(20).json()["id"] == first.json()["id"]
+    assert send(30).status_code == 409
+    assert len(list(door.store.list("inputs/"))) == 1
+
+
+def test_keys_are_an_accounts_own(door: Door, alice: Account, an_account: AnAccount) -> None:
+    an_account("bob")
+    first = create(door, idempotency_key="k").json()
+    assert create(door, account_id="bob", idempotency_key="k").json()["id"] != first["id"]
+
+
+def test_a_refused_attempt_leaves_its_key_free(door: Door, an_account: AnAccount) -> None:
+    an_account("alice", credits=0)
+    assert create(door, idempotency_key="k").status_code == 402
+    an_account("bob")
+    assert create(door, account_id="bob", idempotency_key="k").status_code == 200
+
+
+def test_fifty_threads_with_one_key_make_one_job(
+    engine: Engine, door: Door, alice: Account
+) -> None:
+    answers: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(create(door, idempotency_key="k")))
+        for _ in range(50)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    account = read_account(engine, "alice")
+    assert (account.reserved, account.open_reservations) == (26, 1)
+
+
+def test_the_official_clients_own_retry_finds_its_first_job(
+    engine: Engine, door: Door, alice: Account
+) -> None:
+    first = create(door, x_stainless_retry_count="0").json()
+    retried = create(door, x_stainless_retry_count="1").json()
+    assert retried["id"] == first["id"]
+    other = create(door, {**BODY, "prompt": "another"}, x_stainless_retry_count="1").json()
+    assert other["id"] != first["id"]
+    anew = create(door, x_stainless_retry_count="0").json()
+    assert anew["id"] not in (first["id"], other["id"])
+    assert read_account(engine, "alice").open_reservations == 3
+
+
+def test_a_retry_long_after_is_a_new_request(engine: Engine, door: Door, alice: Account) -> None:
+    first = create(door, x_stainless_retry_count="0").json()
+    with engine.begin() as connection:
+        connection.execute(update(jobs).values(created_at_ms=jobs.c.created_at_ms - 3_600_000))
+    assert create(door, x_stainless_retry_count="1").json()["id"] != first["id"]
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "a\x7fb"])
+def test_what_is_no_key_is_refused(engine: Engine, door: Door, alice: Account, key: str) -> None:
+    refused = create(door, idempotency_key=key)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "Idempotency-Key")
+    assert read_account(engine, "alice").reserved == 0
