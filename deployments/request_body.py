@@ -60,8 +60,17 @@ class CreateBody:
 
     def resolve(self, model: Model, limits: LimitsConfig) -> VideoRequest:
         """The complete request for a model; InvalidRequest names the faulty field."""
+        _check_texts(self.fields, limits)
+        fields = self.with_size_and_frames(model.manifest.defaults.fps)
+        if self.start_image is not None:
+            check_start_image(
+                self.start_image, max_pixels=limits.max_image_pixels, param="input_reference"
+            )
+        return model.resolve(fields)
+
+    def with_size_and_frames(self, default_fps: int) -> dict[str, Any]:
+        """The fields, size as width and height, seconds as num_frames; InvalidRequest."""
         fields = dict(self.fields)
-        _check_texts(fields, limits)
         for one, others in (("size", ("width", "height")), ("seconds", ("num_frames",))):
             for other in others:
                 if one in fields and other in fields:
@@ -70,13 +79,8 @@ class CreateBody:
             fields["width"], fields["height"] = _parse_size(fields.pop("size"))
         if "seconds" in fields:
             seconds = _parse_seconds(fields.pop("seconds"))
-            fps = fields.get("fps", model.manifest.defaults.fps)
-            fields["num_frames"] = round(seconds * _parse_fps(fps))
-        if self.start_image is not None:
-            check_start_image(
-                self.start_image, max_pixels=limits.max_image_pixels, param="input_reference"
-            )
-        return model.resolve(fields)
+            fields["num_frames"] = round(seconds * _parse_fps(fields.get("fps", default_fps)))
+        return fields
 
 
 async def read_create_body(request: Request, limits: LimitsConfig) -> CreateBody:

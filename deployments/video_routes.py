@@ -15,10 +15,11 @@ from deployments.authentication import Authenticator
 from deployments.config import LimitsConfig
 from deployments.database import reader
 from deployments.errors import VideoNotReady
+from deployments.estimate import make_estimate
 from deployments.idempotency import read_attempt
 from deployments.paging import Page
 from deployments.progress import stream_events
-from deployments.request_body import CreateBody, read_create_body
+from deployments.request_body import read_create_body
 from deployments.settlement import WorkDone, cancellation, settle
 from deployments.wire import model_json, quote_json, video_json
 from jobs.job import FINAL_STATES, Job, JobState
@@ -121,13 +122,11 @@ class VideoRoutes:
         return JSONResponse(content, 202)
 
     async def estimate(self, request: Request) -> dict[str, Any]:
-        """The price of a request that is not made."""
+        """The price of a request that is not made, of any family that has a price."""
         await run_in_threadpool(self.authenticate, request)
         body = await read_create_body(request, self.limits)
-        model = self.admission.offer(body.model).model
-        body = CreateBody(body.model, {"prompt": "-", **body.fields}, body.start_image)
-        resolved = await run_in_threadpool(body.resolve, model, self.limits)
-        return quote_json(resolved, model, self.admission.quote(resolved))
+        estimate = await run_in_threadpool(make_estimate, self.admission, body, self.limits)
+        return quote_json(estimate)
 
     def list_videos(
         self, request: Request, page: Annotated[Page, Depends()], after: str | None = None

@@ -7,7 +7,7 @@ from credits.accounts import Account
 from credits.api_keys import ApiKey
 from credits.audit import AuditEntry
 from credits.ledger import LedgerEntry
-from credits.pricing import Quote
+from deployments.estimate import Estimate
 from jobs.job import Job, JobEvent, JobState
 from models.catalog import Model
 from models.request import VideoRequest
@@ -110,8 +110,9 @@ def model_json(model: Model) -> dict[str, Any]:
     }
 
 
-def quote_json(request: VideoRequest, model: Model, price: Quote) -> dict[str, Any]:
+def quote_json(estimate: Estimate) -> dict[str, Any]:
     """A price with its factors."""
+    price = estimate.quote
     return {
         "credits": price.credits,
         "factors": {
@@ -120,11 +121,15 @@ def quote_json(request: VideoRequest, model: Model, price: Quote) -> dict[str, A
             "resolution_multiplier": float(price.resolution_multiplier),
             "model_multiplier": float(price.model_multiplier),
         },
-        "model": model.id,
-        "family": request.family,
-        "size": f"{request.width}x{request.height}",
-        "num_frames": request.num_frames,
-        "generated": generated_json(model, request),
+        "model": estimate.model,
+        "family": estimate.family,
+        "deployed": estimate.deployed,
+        "size": f"{estimate.width}x{estimate.height}",
+        "num_frames": price.num_frames,
+        "generated": {
+            "num_frames": estimate.generated_frames,
+            "size": f"{estimate.generated_width}x{estimate.generated_height}",
+        },
     }
 
 

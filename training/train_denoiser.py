@@ -20,7 +20,7 @@ from training.clips import BACKGROUNDS, Combination, all_combinations, draw_clip
 from training.loop import MovingAverage, run_steps
 from training.train_vae import to_model_range
 
-NUM_STEPS = 7800
+NUM_STEPS = 6600
 ENCODE_BATCH = 20
 CLIPS_PER_CAPTION = 30
 BATCH_SIZES = {1: 32, 2: 48, 4: 48}  # by f_patch_size; about as many tokens each

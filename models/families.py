@@ -1,0 +1,35 @@
+"""What each family's publishers say that it makes: enough to price a video of it.
+
+Sources: the AnimateDiff v2/v3 motion modules (32 positions, trained on 16 frames of 512x512),
+Stable Video Diffusion's and HunyuanVideo's model cards, and this project's plan for Z-Image Video.
+"""
+
+from dataclasses import dataclass
+
+from models.request import ModelFamily
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedFamily:
+    """What is made by default, and the most frames.
+
+    frame_stride: temporal compression of the VAE (4k+1 frames where it is 4); size_multiple: what
+    width and height are rounded up to before they are cut.
+    """
+
+    num_frames: int
+    max_frames: int
+    width: int
+    height: int
+    fps: int
+    frame_stride: int
+    size_multiple: int
+
+
+PUBLISHED = {
+    ModelFamily.ANIMATEDIFF: PublishedFamily(16, 32, 512, 512, 8, 1, 8),
+    ModelFamily.SVD: PublishedFamily(14, 14, 1024, 576, 7, 1, 64),
+    ModelFamily.SVD_XT: PublishedFamily(25, 25, 1024, 576, 7, 1, 64),
+    ModelFamily.Z_IMAGE_VIDEO: PublishedFamily(16, 129, 1280, 720, 8, 4, 16),
+    ModelFamily.HUNYUAN_VIDEO: PublishedFamily(129, 129, 1280, 720, 24, 4, 16),
+}
