@@ -198,6 +198,7 @@ def test_the_key_file_is_its_owners_alone(cluster: Cluster) -> None:
 def test_nothing_is_written_but_what_belongs_into_the_home(cluster: Cluster) -> None:
     names = {path.name for path in cluster.home.iterdir()}
     assert {name.removesuffix("-wal").removesuffix("-shm") for name in names} == {
+        "admin_key",
         "api_key",
         "lock",
         "pepper",
@@ -234,7 +235,9 @@ def test_a_killed_replica_costs_neither_the_job_nor_a_second_charge(
     wait_until(lambda: len(cluster.replicas(deployment)) >= 1, 60)
 
 
-@pytest.mark.parametrize("deployment", ["VaeDecoder-local", "MediaEncoder", "VideoPipeline"])
+@pytest.mark.parametrize(
+    "deployment", ["Denoiser-local", "VaeDecoder-local", "MediaEncoder", "VideoPipeline"]
+)
 def test_a_replica_killed_while_frames_stream_loses_nothing(
     client: Client, cluster: Cluster, deployment: str
 ) -> None:
@@ -243,6 +246,34 @@ def test_a_replica_killed_while_frames_stream_loses_nothing(
     cluster.kill(deployment)
     done = finish(client, video["id"])
     assert (done["status"], done["charged"]) == ("completed", 258)
+
+
+def test_a_text_encoder_killed_while_it_encodes_loses_nothing(
+    client: Client, cluster: Cluster
+) -> None:
+    (encoder,) = cluster.replicas("TextEncoder")
+    encoder.suspend()  # so that it is killed with the call in its hands
+    video = client.create({"prompt": "x", "num_steps": 2})
+    until(client, video["id"], lambda event: event.data["phase"] == "text")
+    encoder.kill()
+    done = finish(client, video["id"])
+    assert (done["status"], done["charged"]) == ("completed", 26)
+
+
+def test_latents_that_died_with_their_denoiser_are_made_again(
+    client: Client, cluster: Cluster
+) -> None:
+    (encoder,) = cluster.replicas("MediaEncoder")
+    video = client.create({"prompt": "x", "num_steps": 30, "num_frames": 29})
+    until(client, video["id"], lambda event: event.data["step"] >= 5)
+    encoder.suspend()  # so that nobody has read the latents when their owner dies
+    until(client, video["id"], lambda event: event.data["step"] == 30)
+    cluster.kill("Denoiser-local")
+    encoder.resume()
+    done = finish(client, video["id"])
+    assert (done["status"], done["charged"]) == ("completed", 58)
+    steps = [e.data["step"] for e in client.follow(video["id"]) if e.data["phase"] == "denoise"]
+    assert steps.count(30) == 2
 
 
 def test_the_ledger_agrees_with_what_the_api_says(client: Client, cluster: Cluster) -> None:

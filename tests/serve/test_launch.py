@@ -203,6 +203,8 @@ def test_the_readme_does_what_it_says(free_port: Callable[[], int], tmp_path: Pa
             assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
             if text.startswith("curl"):
                 assert json.loads(done.stdout)["status"] == "queued"
+            if "accounts create" in text:
+                assert done.stdout.splitlines()[-1].startswith("mk_live_")
             if text.strip() == "make demo":
                 assert processes_with(home) == []
             executed.append(text.split()[0] + " " + text.split()[1])
@@ -213,7 +215,7 @@ def test_the_readme_does_what_it_says(free_port: Callable[[], int], tmp_path: Pa
             assert server.stdout is not None
             server.stdout.close()
     assert executed[0] == "make demo"
-    assert len(executed) == 5
+    assert len(executed) == 6
     made = {path.name for path in set((ROOT / "out").glob("*.mp4")) - before}
     assert any(name.startswith("video_") for name in made)
     assert all(path.is_file() for path in named)
