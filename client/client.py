@@ -159,7 +159,7 @@ class Client:
         """Every row of a list from the oldest, page by page; key: what its cursor takes."""
         after = None
         while True:
-            cursor = {} if after is None else {"after": after}
+            cursor: dict[str, Any] = {} if after is None else {"after": after}
             page = self.call("GET", path, params={"order": "asc", "limit": "100", **cursor})
             yield from page["data"]
             if not page["has_more"]:
