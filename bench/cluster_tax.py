@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -40,7 +41,7 @@ LARGE = {
     "model": "large",
     "num_frames": 29,
     "size": "128x128",
-    "num_steps": 30,
+    "num_steps": 20,
 }
 
 
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=5, help="videos of each kind, one by one")
     parser.add_argument("--queued", type=int, default=8, help="videos queued at once")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`: stop the cluster
     print(describe_machine())
     with tempfile.TemporaryDirectory() as folder:
         large = Path(folder) / "large"
