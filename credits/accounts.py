@@ -1,6 +1,7 @@
 """Accounts: whose the credits are, and on which plan."""
 
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NewType
 
@@ -130,6 +131,12 @@ def list_accounts(
     columns = (accounts.c.created_at_ms, accounts.c.id)
     order = columns if ascending else [column.desc() for column in columns]
     return [to_account(row) for row in connection.execute(query.order_by(*order).limit(limit))]
+
+
+def plans_of(connection: Connection, account_ids: Collection[str]) -> dict[str, Plan]:
+    """The plan of each of these accounts."""
+    query = select(accounts.c.id, accounts.c.plan).where(accounts.c.id.in_(account_ids))
+    return {row.id: Plan(row.plan) for row in connection.execute(query)}
 
 
 def change_account(

@@ -25,6 +25,7 @@ from sqlalchemy import (
     String,
     Table,
     false,
+    func,
     insert,
     select,
     update,
@@ -238,6 +239,41 @@ def list_entries(
         LedgerEntry(**{**row._mapping, "kind": EntryKind(row.kind)})
         for row in connection.execute(query.order_by(order).limit(limit))
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """All credits that ever moved, by kind, and what they leave; imbalance is 0 or a fault."""
+
+    moved: dict[EntryKind, int]
+    reserved: int
+    imbalance: int
+
+
+def total(connection: Connection) -> Totals:
+    """Add up the whole ledger, and hold what accounts show against it, in one snapshot."""
+    sums = [
+        select(func.coalesce(func.sum(entries.c.amount), 0))
+        .where(entries.c.kind == kind)
+        .scalar_subquery()
+        .label(kind)
+        for kind in EntryKind
+    ]
+    shown = [
+        select(func.coalesce(func.sum(column), 0)).scalar_subquery().label(column.name)
+        for column in (accounts.c.available, accounts.c.reserved, accounts.c.spent)
+    ]
+    row = connection.execute(select(*sums, *shown)).one()._mapping
+    moved = {kind: int(row[kind]) for kind in EntryKind}
+    given_back = moved[EntryKind.REFUND] + moved[EntryKind.EXPIRE]
+    held = moved[EntryKind.RESERVE] - moved[EntryKind.CONFIRM] - given_back
+    free = moved[EntryKind.GRANT] - moved[EntryKind.RESERVE] + given_back
+    imbalance = (
+        abs(free - int(row["available"]))
+        + abs(held - int(row["reserved"]))
+        + abs(moved[EntryKind.CONFIRM] - int(row["spent"]))
+    )
+    return Totals(moved, int(row["reserved"]), imbalance)
 
 
 def _transfer(

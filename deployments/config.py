@@ -55,13 +55,15 @@ class LeaseConfig(BaseModel, frozen=True, extra="forbid"):
     """A job whose lease is not extended for lease_s is taken by another pipeline replica.
 
     max_attempts: starts of one job before it fails and is refunded. max_age_s: a job that nobody
-    is at work on so long after it was queued expires and is refunded.
+    is at work on so long after it was queued expires and is refunded. ageing_s: a job that has
+    waited so long is taken as if its plan were one higher, so that none starves.
     """
 
     lease_s: float = Field(8.0, gt=0.5)
     poll_s: float = Field(0.1, gt=0)
     max_attempts: int = Field(4, ge=1)
     max_age_s: float = Field(86_400.0, gt=0)
+    ageing_s: float = Field(600.0, gt=0)
 
 
 class LocalAccountConfig(BaseModel, frozen=True, extra="forbid"):

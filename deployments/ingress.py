@@ -23,6 +23,7 @@ from deployments.database import migrate, open_database
 from deployments.errors import ANSWERS, envelope, install_error_handlers
 from deployments.key_routes import KeyRoutes
 from deployments.local_account import ensure_local_account
+from deployments.metrics import metrics_response
 from deployments.video_routes import VideoRoutes, Waker
 from media.object_store import LocalObjectStore
 from models.request import InvalidRequest
@@ -95,6 +96,7 @@ def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
     app.include_router(CreditRoutes(engine, authenticate).router())
     app.include_router(KeyRoutes(engine, pepper, authenticate).router())
     app.include_router(admin.router())
+    app.add_api_route("/metrics", lambda: metrics_response(engine), methods=["GET"])
     app.add_api_route("/healthz", lambda: {"status": "ok"}, methods=["GET"])
     return app
 

@@ -11,9 +11,10 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from deployments.messages import Denoised, Encoding, Published
-from deployments.settlement import video_key
 from media.encode import Mp4Encoder
 from media.object_store import ObjectStore
+from media.renditions import Rendition, rendition_key
+from media.stills import Stills
 from models.request import VideoRequest
 
 SCRATCH_S = 3600.0
@@ -43,7 +44,8 @@ class MediaEncoder:
 
         Only the reference in `denoised` passes through here; the decoder reads the latents.
         """
-        key = video_key(job_id)
+        key = rendition_key(job_id, Rendition.VIDEO)
+        stills = Stills(request.num_frames)
         decode_s = media_s = 0.0
         frame = 0
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
@@ -56,6 +58,7 @@ class MediaEncoder:
                     arrived_s = time.monotonic()
                     decode_s += arrived_s - waiting_s
                     await asyncio.to_thread(encoder.write, frames)
+                    await asyncio.to_thread(stills.add, frames.pixels)
                     frame += len(frames.pixels)
                     yield Encoding(frame, request.num_frames)
                     waiting_s = time.monotonic()
@@ -63,6 +66,12 @@ class MediaEncoder:
                 started_s = time.monotonic()
                 decode_s += started_s - waiting_s
                 await asyncio.to_thread(encoder.finish)
+            await asyncio.to_thread(self._put_stills, job_id, stills)
             stored = await asyncio.to_thread(self.store.put, key, path)
             media_s += time.monotonic() - started_s
         yield Published(key, stored.size_bytes, decode_s, media_s)
+
+    def _put_stills(self, job_id: str, stills: Stills) -> None:
+        """Before the video: where that is, its pictures are."""
+        self.store.put(rendition_key(job_id, Rendition.THUMBNAIL), stills.thumbnail())
+        self.store.put(rendition_key(job_id, Rendition.SPRITESHEET), stills.spritesheet())

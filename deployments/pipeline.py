@@ -118,7 +118,12 @@ class VideoPipeline:
             for _ in range(tier.jobs_at_once - taken.count(tier.tier)):
                 with self.engine.begin() as connection:
                     job = lease(
-                        connection, self.owner, [tier.tier], self._lease_ms(), set(self.running)
+                        connection,
+                        self.owner,
+                        [tier.tier],
+                        self._lease_ms(),
+                        set(self.running),
+                        int(self.leases.ageing_s * 1000),
                     )
                 if job is None:
                     break

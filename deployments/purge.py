@@ -8,6 +8,7 @@ from deployments.database import reader
 from jobs.job import FINAL_STATES
 from jobs.store import JobNotFound, get_job, mark_purged, purgeable
 from media.object_store import ObjectStore
+from media.renditions import delete_renditions
 
 logger = logging.getLogger("ray.serve")
 
@@ -25,11 +26,10 @@ class Purger:
         with reader(self.engine).begin() as connection:
             jobs = purgeable(connection)
         for job in jobs:
-            assert job.video_key is not None
             try:
-                self.store.delete(job.video_key)
+                delete_renditions(self.store, job.id)
             except OSError:
-                logger.exception("cannot delete %s", job.video_key)
+                logger.exception("cannot delete the files of %s", job.id)
                 continue
             with self.engine.begin() as connection:
                 mark_purged(connection, job.id)

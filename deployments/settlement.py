@@ -12,6 +12,7 @@ from credits.pricing import Credits, Passes, WorkWeights, charge, share_done
 from jobs.job import Job, JobState, Outcome
 from jobs.store import finish
 from media.object_store import ObjectStore
+from media.renditions import delete_renditions
 from models.request import VideoRequest
 
 
@@ -86,13 +87,8 @@ def settle(
     if request.start_image is not None:
         store.delete(request.start_image)
     if ending.video_key is None:
-        store.delete(video_key(job.id))  # published, but cancelled or lost before the end
+        delete_renditions(store, job.id)  # published, but cancelled or lost before the end
     return outcome
-
-
-def video_key(job_id: str) -> str:
-    """Where a job's video lies in the object store."""
-    return f"videos/{job_id}.mp4"
 
 
 def expiry() -> Ending:

@@ -25,6 +25,7 @@ from deployments.wire import model_json, quote_json, video_json
 from jobs.job import FINAL_STATES, Job, JobState
 from jobs.store import LeaseLost, get_job, list_jobs, mark_deleted, request_cancel
 from media.object_store import LocalObjectStore
+from media.renditions import MEDIA_TYPES, SUFFIXES, Rendition, rendition_key
 from models.request import InvalidRequest
 
 POLL_AFTER_MS = "500"
@@ -179,15 +180,19 @@ class VideoRoutes:
         return {"id": job.id, "object": "video.deleted", "deleted": True}
 
     def get_content(self, request: Request, video_id: str, variant: str = "video") -> Response:
-        """The MP4, or the range of it that is asked for."""
+        """The MP4, its thumbnail (WebP) or its sheet of small frames (JPEG); ranges work."""
         job = self._find(request, video_id)
-        if variant != "video":
-            raise InvalidRequest("variant", "variant must be video")
+        if variant not in set(Rendition):
+            raise InvalidRequest("variant", f"variant must be one of {', '.join(Rendition)}")
         if job.video_key is None:
             raise VideoNotReady(job.id, job.state)
-        self.store.head(job.video_key)
+        rendition = Rendition(variant)
+        key = rendition_key(job.id, rendition)
+        self.store.head(key)
         return FileResponse(
-            self.store.path(job.video_key), media_type="video/mp4", filename=f"{job.id}.mp4"
+            self.store.path(key),
+            media_type=MEDIA_TYPES[rendition],
+            filename=f"{job.id}.{SUFFIXES[rendition]}",
         )
 
     def get_events(

@@ -23,7 +23,10 @@ from sqlalchemy import (
 
 from jobs.events import append_event
 from jobs.job import FINAL_STATES, Job, JobId, JobState, Outcome, Phase, Progress
+from jobs.order import rank_free_jobs
 from jobs.tables import jobs, now_ms
+
+DEFAULT_AGEING_MS = 600_000
 
 
 class JobNotFound(Exception):
@@ -76,33 +79,47 @@ def lease(
     tiers: Sequence[str],
     lease_ms: int,
     but: Collection[JobId] = (),
+    ageing_ms: int = DEFAULT_AGEING_MS,
 ) -> Job | None:
     """Take the next job of these tiers: one that is queued, or whose lease has run out.
 
-    but: jobs that owner is at work on, whose leases it let run out unawares.
+    but: jobs that owner is at work on, whose leases it let run out unawares. ageing_ms: see
+    `jobs.order`.
     """
     wanted = and_(jobs.c.tier.in_(tiers), jobs.c.id.not_in(but))
-    return _lease(connection, owner, wanted, lease_ms)
+    return _lease(connection, owner, wanted, lease_ms, ageing_ms)
 
 
 def lease_overdue(connection: Connection, owner: str, max_age_ms: int, lease_ms: int) -> Job | None:
     """Take a job of any tier that nobody has finished max_age_ms after it was queued."""
-    return _lease(connection, owner, jobs.c.created_at_ms < now_ms() - max_age_ms, lease_ms)
+    overdue = jobs.c.created_at_ms < now_ms() - max_age_ms
+    return _lease(connection, owner, overdue, lease_ms, DEFAULT_AGEING_MS)
 
 
 def _lease(
-    connection: Connection, owner: str, wanted: ColumnElement[bool], lease_ms: int
+    connection: Connection,
+    owner: str,
+    wanted: ColumnElement[bool],
+    lease_ms: int,
+    ageing_ms: int,
 ) -> Job | None:
-    free = or_(
-        jobs.c.state == JobState.QUEUED,
-        and_(jobs.c.state == JobState.RUNNING, jobs.c.lease_expires_at_ms < now_ms()),
+    free = and_(
+        wanted,
+        or_(
+            jobs.c.state == JobState.QUEUED,
+            and_(jobs.c.state == JobState.RUNNING, jobs.c.lease_expires_at_ms < now_ms()),
+        ),
     )
+    ranked = rank_free_jobs(free, ageing_ms)
+    # PostgreSQL locks no rows of a query with a window: `free` is asked again outside, where the
+    # row that is locked is read anew.
     candidate = (
         select(jobs.c.number)
-        .where(wanted, free)
-        .order_by(jobs.c.priority.desc(), jobs.c.number)
+        .join(ranked, ranked.c.number == jobs.c.number)
+        .where(free)
+        .order_by(ranked.c.level.desc(), ranked.c.turn, ranked.c.number)
         .limit(1)
-        .with_for_update(skip_locked=True)
+        .with_for_update(skip_locked=True, of=jobs)
     )
     row = connection.execute(
         update(jobs)
@@ -246,6 +263,29 @@ def get_job(connection: Connection, job_id: str, account_id: str | None = None) 
     if row is None:
         raise JobNotFound(job_id)
     return _to_job(row)
+
+
+def count_by_state(connection: Connection) -> dict[JobState, int]:
+    """How many jobs there are in each state; deleted ones too."""
+    rows = connection.execute(select(jobs.c.state, func.count()).group_by(jobs.c.state))
+    counted = {JobState(state): int(count) for state, count in rows}
+    return {state: counted.get(state, 0) for state in JobState}
+
+
+def count_queued(connection: Connection) -> dict[tuple[str, str], int]:
+    """How many jobs wait, by tier and account."""
+    rows = connection.execute(
+        select(jobs.c.tier, jobs.c.account_id, func.count())
+        .where(jobs.c.state == JobState.QUEUED)
+        .group_by(jobs.c.tier, jobs.c.account_id)
+    )
+    return {(tier, account_id): int(count) for tier, account_id, count in rows}
+
+
+def count_lost_leases(connection: Connection) -> int:
+    """How often a job was leased again because its holder was gone."""
+    query = select(func.coalesce(func.sum(jobs.c.attempt - 1), 0)).where(jobs.c.attempt > 1)
+    return int(connection.execute(query).scalar_one())
 
 
 def find_by_key(connection: Connection, account_id: str, key: str, fields_hash: str) -> Job | None:

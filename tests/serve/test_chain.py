@@ -150,15 +150,16 @@ def test_deleting_a_running_video_stops_it_within_a_step_and_refunds_the_rest(
     assert finish(client, next_video["id"])["status"] == "completed"
 
 
-def test_a_deleted_video_loses_its_file(client: Client, cluster: Cluster) -> None:
+def test_a_deleted_video_loses_its_files(client: Client, cluster: Cluster) -> None:
     video = client.create({"prompt": "x", "num_steps": 1})
     finish(client, video["id"])
-    file = cluster.home / "storage" / "videos" / f"{video['id']}.mp4"
-    assert file.is_file()
+    folder = cluster.home / "storage" / "videos"
+    files = {path.suffix for path in folder.glob(f"{video['id']}.*")}
+    assert files == {".mp4", ".webp", ".jpg"}
     client.delete(video["id"])
     with pytest.raises(ApiError, match="404"):
         client.get(video["id"])
-    wait_until(lambda: not file.exists(), 10)
+    wait_until(lambda: not list(folder.glob(f"{video['id']}.*")), 10)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -175,6 +176,10 @@ def test_the_official_client_works_unchanged(cluster: Cluster, tmp_path: Path) -
         assert video.size == "64x64"  # type: ignore[comparison-overlap]
         content = official.videos.download_content(video.id).read()
         assert content[4:8] == b"ftyp"
+        for variant, kind in (("thumbnail", "WEBP"), ("spritesheet", "JPEG")):
+            picture = official.videos.download_content(video.id, variant=variant).read()  # type: ignore[arg-type]
+            with Image.open(io.BytesIO(picture)) as image:
+                assert image.format == kind
         assert official.videos.list(limit=1).data[0].id == video.id
         assert official.videos.delete(video.id).deleted
         with pytest.raises(openai.NotFoundError) as missing:

@@ -1,14 +1,17 @@
 """MP4 files are what players expect; objects appear whole or not at all."""
 
+import io
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from media.encode import MediaEncodingFailed, Mp4Encoder
 from media.object_store import LocalObjectStore, ObjectInfo, ObjectNotFound
+from media.stills import Stills
 from models.tensors import Frames
 
 
@@ -123,3 +126,34 @@ def test_what_is_deleted_is_gone(store: LocalObjectStore) -> None:
 def test_keys_cannot_leave_the_store(store: LocalObjectStore, key: str) -> None:
     with pytest.raises(ValueError, match="key"):
         store.put(key, b"1")
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "num_tiles", "columns"), [(1, 1, 1), (13, 13, 4), (129, 25, 5)]
+)
+def test_stills_are_the_first_frame_and_evenly_spread_ones(
+    num_frames: int, num_tiles: int, columns: int
+) -> None:
+    ramp = np.arange(num_frames, dtype=np.uint8)
+    pixels = np.broadcast_to(ramp[:, None, None, None], (num_frames, 300, 600, 3)) + np.uint8(50)
+    stills = Stills(num_frames)
+    for first in range(0, num_frames, 4):
+        stills.add(pixels[first : first + 4])
+    with Image.open(io.BytesIO(stills.thumbnail())) as thumbnail:
+        assert (thumbnail.format, thumbnail.size) == ("WEBP", (480, 240))
+        assert abs(int(np.asarray(thumbnail)[9, 9, 0]) - 50) <= 2
+    with Image.open(io.BytesIO(stills.spritesheet())) as sheet:
+        assert (sheet.format, sheet.width) == ("JPEG", columns * 160)
+        values = [
+            int(np.asarray(sheet)[i // columns * 80 + 40, i % columns * 160 + 80, 0])
+            for i in range(num_tiles)
+        ]
+    wanted = [50 + index * num_frames // num_tiles for index in range(num_tiles)]
+    assert np.abs(np.array(values) - wanted).max() <= 3
+
+
+def test_no_frame_no_picture() -> None:
+    with pytest.raises(ValueError, match="no frame"):
+        Stills(5).thumbnail()
+    with pytest.raises(ValueError, match="no frame"):
+        Stills(5).spritesheet()
