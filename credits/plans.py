@@ -28,6 +28,20 @@ class PlanForbids(Exception):
         return self.message
 
 
+class StorageFull(Exception):
+    """The account's videos take all the room of its plan."""
+
+    def __init__(self, used_bytes: int, limit_bytes: int) -> None:
+        super().__init__(used_bytes, limit_bytes)
+        self.used_bytes, self.limit_bytes = used_bytes, limit_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"the plan's storage is full: {self.used_bytes} of {self.limit_bytes} bytes are used "
+            "or promised to jobs; delete videos"
+        )
+
+
 class TooManyJobs(Exception):
     """The account has as many jobs queued or running as its plan allows."""
 
@@ -43,6 +57,7 @@ class PlanLimits(BaseModel, frozen=True, extra="forbid"):
     """max_frames counts frames after the first for 4k+1 models; sizes hold in either orientation.
 
     priority: higher is leased first. image_to_video: whether a start image may be given.
+    max_stored_bytes: of the account's MP4s.
     """
 
     max_frames: int
@@ -52,6 +67,7 @@ class PlanLimits(BaseModel, frozen=True, extra="forbid"):
     max_jobs: int
     image_to_video: bool
     priority: int
+    max_stored_bytes: int
 
 
 SVD_FAMILIES = frozenset({ModelFamily.SVD, ModelFamily.SVD_XT})
@@ -65,19 +81,20 @@ class PlanTable(BaseModel, frozen=True, extra="forbid"):
     limits: dict[Plan, PlanLimits] = {
         Plan.FREE: PlanLimits(
             max_frames=0, max_long_side=0, max_area=0, families=frozenset(),
-            max_jobs=0, image_to_video=False, priority=0,
+            max_jobs=0, image_to_video=False, priority=0, max_stored_bytes=0,
         ),
         Plan.BASIC: PlanLimits(
             max_frames=16, max_long_side=512, max_area=512 * 512, families=BASIC_FAMILIES,
-            max_jobs=1, image_to_video=False, priority=1,
+            max_jobs=1, image_to_video=False, priority=1, max_stored_bytes=2 * 10**9,
         ),
         Plan.PRO: PlanLimits(
             max_frames=48, max_long_side=1280, max_area=1280 * 720, families=PRO_FAMILIES,
-            max_jobs=2, image_to_video=True, priority=2,
+            max_jobs=2, image_to_video=True, priority=2, max_stored_bytes=10 * 10**9,
         ),
         Plan.ENTERPRISE: PlanLimits(
             max_frames=128, max_long_side=1920, max_area=1920 * 1080,
             families=frozenset(ModelFamily), max_jobs=4, image_to_video=True, priority=3,
+            max_stored_bytes=50 * 10**9,
         ),
     }  # fmt: skip
 

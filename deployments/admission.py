@@ -9,12 +9,13 @@ from sqlalchemy.exc import IntegrityError
 from autoscaling.tiers import ServedOn, choose_tier
 from credits.accounts import Account
 from credits.ledger import new_reservation_id, reserve
-from credits.plans import PlanLimits, PlanTable, check_plan
+from credits.plans import PlanLimits, PlanTable, StorageFull, check_plan
 from credits.pricing import PriceTable, Quote, quote
 from deployments.database import reader
 from deployments.idempotency import Attempt
 from jobs.job import Job, JobId
-from jobs.store import enqueue
+from jobs.store import enqueue, stored_bytes
+from media.encode import estimate_bytes
 from media.object_store import ObjectStore
 from models.catalog import Model, ModelNotFound
 from models.request import VideoRequest
@@ -77,6 +78,7 @@ class Admission:
         check_plan(account.plan, limits, request, offer.model.frame_stride)
         tier = choose_tier(offer.served_on, account.plan, request)
         price = self.quote(request)
+        self._check_storage(account, limits, request)
         if start_image is not None:
             self.store.put(f"inputs/{job_id}", start_image)
         try:
@@ -89,6 +91,12 @@ class Admission:
                 if first is not None:
                     return first
             raise
+
+    def _check_storage(self, account: Account, limits: PlanLimits, request: VideoRequest) -> None:
+        with reader(self.engine).begin() as connection:
+            used = stored_bytes(connection, account.id)
+        if used + _estimate_bytes(request) > limits.max_stored_bytes:
+            raise StorageFull(used, limits.max_stored_bytes)
 
     def _find_first(self, account: Account, attempt: Attempt) -> Job | None:
         with reader(self.engine).begin() as connection:
@@ -120,8 +128,13 @@ class Admission:
                     "quote_exact": str(price.exact),
                     "reservation_id": reservation_id,
                     "idempotency_key": None if attempt is None else attempt.key,
+                    "estimated_bytes": _estimate_bytes(request),
                     "fields_hash": None if attempt is None else attempt.fields_hash,
                 },
             )
             reserve(connection, account.id, reservation_id, price.credits, max_open=max_jobs)
         return job
+
+
+def _estimate_bytes(request: VideoRequest) -> int:
+    return estimate_bytes(request.num_frames, request.width, request.height)

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from credits.accounts import AccountDisabled, AccountNotFound
 from credits.api_keys import KeyNotFound, Unauthenticated
 from credits.ledger import AlreadySettled, InsufficientCredits
-from credits.plans import PlanForbids, TooManyJobs
+from credits.plans import PlanForbids, StorageFull, TooManyJobs
 from deployments.origin import ForeignPackage
 from jobs.store import IdempotencyConflict, JobNotFound, LeaseLost
 from media.encode import MediaEncodingFailed
@@ -69,6 +69,7 @@ ANSWERS: dict[type[Exception], Answer] = {
     VideoNotReady: Answer(409, "invalid_request_error", "not_ready"),
     InputTooLarge: Answer(413, "invalid_request_error", "too_large"),
     TooManyJobs: Answer(429, "rate_limit_error", "too_many_jobs"),
+    StorageFull: Answer(507, "billing_error", "storage_full"),
     AlreadySettled: INTERNAL,
     LeaseLost: INTERNAL,
     ForeignPackage: INTERNAL,

@@ -249,8 +249,8 @@ class VideoPipeline:
             "the work done is charged",
             charge_work=True,
             video_key=published.key,
+            size_bytes=published.size_bytes,
             result={
-                "size_bytes": published.size_bytes,
                 "stage_seconds": {name: round(s, 3) for name, s in clock.seconds.items()},
                 "warnings": warnings,
             },

@@ -49,6 +49,7 @@ class Ending:
     charge_work: bool
     expired: bool = False
     video_key: str | None = None
+    size_bytes: int | None = None
     result: dict[str, Any] | None = None
     error_code: str | None = None
     error_message: str | None = None
@@ -76,6 +77,7 @@ def settle(
         refunded=job.quoted - charged,
         reason=ending.reason,
         video_key=ending.video_key,
+        size_bytes=ending.size_bytes,
         result=ending.result,
         error_code=ending.error_code,
         error_message=ending.error_message,

@@ -62,7 +62,7 @@ def video_json(job: Job, model: Model | None) -> dict[str, Any]:
         "reason": job.reason,
         "stage_seconds": result.get("stage_seconds", {}),
         "warnings": result.get("warnings", []),
-        "size_bytes": result.get("size_bytes"),
+        "size_bytes": job.size_bytes,
     }
     return video if model is None else {**video, "generated": generated_json(model, request)}
 

@@ -55,13 +55,14 @@ class JobEvent:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a job ended. result is public: the video's length in bytes, stage times, warnings."""
+    """How a job ended. size_bytes is the video's; result is public: stage times, warnings."""
 
     state: JobState
     charged: int
     refunded: int
     reason: str
     video_key: str | None = None
+    size_bytes: int | None = None
     result: dict[str, Any] | None = None
     error_code: str | None = None
     error_message: str | None = None
@@ -100,3 +101,5 @@ class Job:
     error_message: str | None
     idempotency_key: str | None
     fields_hash: str | None
+    size_bytes: int | None
+    estimated_bytes: int

@@ -209,6 +209,7 @@ def finish(
             refunded=outcome.refunded,
             reason=outcome.reason,
             video_key=outcome.video_key,
+            size_bytes=outcome.size_bytes,
             result=outcome.result,
             error_code=outcome.error_code,
             error_message=outcome.error_message,
@@ -270,6 +271,16 @@ def count_by_state(connection: Connection) -> dict[JobState, int]:
     rows = connection.execute(select(jobs.c.state, func.count()).group_by(jobs.c.state))
     counted = {JobState(state): int(count) for state, count in rows}
     return {state: counted.get(state, 0) for state in JobState}
+
+
+def stored_bytes(connection: Connection, account_id: str) -> int:
+    """What an account's videos take, those that are still to be made by their estimates."""
+    is_open = jobs.c.state.not_in(FINAL_STATES)
+    taken = case((is_open, jobs.c.estimated_bytes), else_=func.coalesce(jobs.c.size_bytes, 0))
+    query = select(func.coalesce(func.sum(taken), 0)).where(
+        jobs.c.account_id == account_id, ~jobs.c.deleted
+    )
+    return int(connection.execute(query).scalar_one())
 
 
 def count_queued(connection: Connection) -> dict[tuple[str, str], int]:

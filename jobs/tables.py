@@ -53,6 +53,8 @@ jobs = Table(
     Column("error_message", String),
     Column("idempotency_key", String),
     Column("fields_hash", String),
+    Column("size_bytes", BigInteger),
+    Column("estimated_bytes", BigInteger, nullable=False, server_default=text("0")),
     CheckConstraint(
         "state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="state_known"
     ),

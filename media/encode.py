@@ -1,5 +1,6 @@
 """Frames in, MP4 out: H.264, 4:2:0, BT.709, index before data, through ffmpeg's pipe."""
 
+import math
 import subprocess
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +11,14 @@ import imageio_ffmpeg
 
 from models.tensors import Frames
 
+# What a quota promises a job: about what x264 takes here for noisy pictures; plain ones take less.
+BYTES_PER_PIXEL = 0.03
 BT709 = "colorprim=bt709:transfer=bt709:colormatrix=bt709"
+
+
+def estimate_bytes(num_frames: int, width: int, height: int) -> int:
+    """About what an MP4 of this size takes, for a quota; the real length is known afterwards."""
+    return math.ceil(num_frames * width * height * BYTES_PER_PIXEL)
 
 
 class MediaEncodingFailed(Exception):

@@ -27,7 +27,7 @@ def run_to_success(engine: Engine, door: Door, video: bytes = b"0123456789") -> 
     key = f"videos/{job.id}.mp4"
     door.store.put(key, video)
     ending = Ending(
-        JobState.SUCCEEDED, "done", charge_work=True, video_key=key, result={"size_bytes": 10}
+        JobState.SUCCEEDED, "done", charge_work=True, video_key=key, size_bytes=len(video)
     )
     done = WorkDone(1, 200, 200, 1)
     settle(engine, door.store, WorkWeights(), job, lease_owner="me", done=done, ending=ending)
