@@ -139,17 +139,8 @@ def plans_of(connection: Connection, account_ids: Collection[str]) -> dict[str, 
     return {row.id: Plan(row.plan) for row in connection.execute(query)}
 
 
-def change_account(
-    connection: Connection,
-    account_id: str,
-    *,
-    plan: Plan | None = None,
-    max_jobs: int | None = None,
-    disabled: bool | None = None,
-) -> Account:
-    """Change what is not None; AccountNotFound."""
-    given = {"plan": plan, "max_jobs": max_jobs, "disabled": disabled}
-    values = {name: value for name, value in given.items() if value is not None}
+def change_account(connection: Connection, account_id: str, values: dict[str, Any]) -> Account:
+    """Change plan, max_jobs (None: as the plan says) or disabled; AccountNotFound."""
     if values:
         connection.execute(update(accounts).where(accounts.c.id == account_id).values(values))
     return get_account(connection, account_id)

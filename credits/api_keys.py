@@ -94,8 +94,9 @@ def add_api_key(
     *,
     name: str = "",
     valid_s: int | None = None,
+    expires_at_ms: int | None = None,
 ) -> ApiKey:
-    """Let one more key speak for the account, for ever or for valid_s seconds."""
+    """Let one more key speak for the account: for valid_s seconds, until then, or for ever."""
     row = connection.execute(
         insert(api_keys)
         .values(
@@ -105,7 +106,7 @@ def add_api_key(
             name=name,
             hint=api_key[:12],
             created_at_ms=_now_ms(),
-            expires_at_ms=None if valid_s is None else _now_ms() + 1000 * valid_s,
+            expires_at_ms=expires_at_ms if valid_s is None else _now_ms() + 1000 * valid_s,
         )
         .returning(*api_keys.c)
     ).one()
@@ -121,6 +122,12 @@ def account_of_key(connection: Connection, key_hash: str) -> tuple[Account, ApiK
         raise Unauthenticated
     account = connection.execute(select(accounts).where(accounts.c.id == row.account_id)).one()
     return to_account(account), _to_key(row)
+
+
+def is_known(connection: Connection, key_hash: str) -> bool:
+    """Whether there is or ever was such a key."""
+    query = select(api_keys.c.id).where(api_keys.c.key_hash == key_hash)
+    return connection.execute(query).first() is not None
 
 
 def needs_note(connection: Connection, key: ApiKey) -> bool:
@@ -149,10 +156,19 @@ def list_api_keys(connection: Connection, account_id: AccountId) -> list[ApiKey]
 
 
 def revoke_api_key(
-    connection: Connection, key_id: str, account_id: AccountId | None = None
+    connection: Connection,
+    key_id: str,
+    account_id: AccountId | None = None,
+    *,
+    only_good: bool = False,
 ) -> ApiKey:
-    """End a key's validity at once; KeyNotFound unless it is, where given, the account's."""
+    """End a key's validity at once; KeyNotFound unless it is, where given, the account's.
+
+    only_good: KeyNotFound also for one that had ended before.
+    """
     where = [api_keys.c.id == key_id]
+    if only_good:
+        where.append(_is_good())
     if account_id is not None:
         where.append(api_keys.c.account_id == account_id)
     row = connection.execute(

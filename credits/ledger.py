@@ -251,20 +251,16 @@ class Totals:
 
 
 def total(connection: Connection) -> Totals:
-    """Add up the whole ledger, and hold what accounts show against it, in one snapshot."""
-    sums = [
-        select(func.coalesce(func.sum(entries.c.amount), 0))
-        .where(entries.c.kind == kind)
-        .scalar_subquery()
-        .label(kind)
-        for kind in EntryKind
-    ]
-    shown = [
-        select(func.coalesce(func.sum(column), 0)).scalar_subquery().label(column.name)
-        for column in (accounts.c.available, accounts.c.reserved, accounts.c.spent)
-    ]
-    row = connection.execute(select(*sums, *shown)).one()._mapping
-    moved = {kind: int(row[kind]) for kind in EntryKind}
+    """Add up the whole ledger and hold what accounts show against it.
+
+    The caller's transaction must see one state of the database throughout.
+    """
+    sums = select(entries.c.kind, func.sum(entries.c.amount)).group_by(entries.c.kind)
+    found = {kind: int(amount) for kind, amount in connection.execute(sums)}
+    moved = {kind: found.get(kind, 0) for kind in EntryKind}
+    columns = (accounts.c.available, accounts.c.reserved, accounts.c.spent)
+    shown = [func.coalesce(func.sum(column), 0).label(column.name) for column in columns]
+    row = connection.execute(select(*shown)).one()._mapping
     given_back = moved[EntryKind.REFUND] + moved[EntryKind.EXPIRE]
     held = moved[EntryKind.RESERVE] - moved[EntryKind.CONFIRM] - given_back
     free = moved[EntryKind.GRANT] - moved[EntryKind.RESERVE] + given_back

@@ -3,7 +3,6 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Query
-from fastapi.security import HTTPBearer
 from sqlalchemy import Engine
 
 from credits.accounts import (
@@ -18,7 +17,7 @@ from credits.api_keys import list_api_keys, revoke_api_key
 from credits.audit import list_audit, note
 from credits.ledger import AlreadySettled, grant
 from credits.pricing import Credits, WorkWeights
-from deployments.authentication import AdminAuthenticator
+from deployments.authentication import AdminAuthenticator, keyed_router
 from deployments.database import reader
 from deployments.key_routes import issue_key
 from deployments.paging import Page
@@ -55,10 +54,7 @@ class AdminRoutes:
 
     def router(self) -> APIRouter:
         """All routes; each needs the admin key."""
-        router = APIRouter(
-            prefix="/admin/v1",
-            dependencies=[Depends(HTTPBearer(auto_error=False)), Depends(self.authenticate)],
-        )
+        router = keyed_router(self.authenticate, prefix="/admin/v1")
         add = router.add_api_route
         add("/accounts", self.create_account, methods=["POST"])
         add("/accounts", self.list_accounts, methods=["GET"])
@@ -103,15 +99,9 @@ class AdminRoutes:
         """Change plan or concurrency; disabling also ends whatever the account has queued or
         running, and settles it.
         """
-        change = body.model_dump(mode="json", exclude_none=True)
+        change = body.model_dump(mode="json", exclude_unset=True)
         with self.engine.begin() as connection:
-            account = change_account(
-                connection,
-                account_id,
-                plan=body.plan,
-                max_jobs=body.max_jobs,
-                disabled=body.disabled,
-            )
+            account = change_account(connection, account_id, change)
             note(connection, ADMIN, "account.change", account.id, **change)
         if account.disabled:
             self._cancel_all(account.id)
@@ -184,11 +174,11 @@ class AdminRoutes:
 
         No job can be added meanwhile: reserving refuses a disabled account.
         """
-        with self.engine.begin() as connection:
+        with reader(self.engine).begin() as connection:
             found = open_jobs(connection, account_id)
-            for job in found:
-                request_cancel(connection, job.id)
         for job in found:
+            with self.engine.begin() as connection:  # one row each: a heartbeat locks several
+                request_cancel(connection, job.id)
             if job.state is JobState.QUEUED:
                 try:
                     settle(

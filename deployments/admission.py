@@ -7,11 +7,11 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
 
 from autoscaling.tiers import ServedOn, choose_tier
-from credits.accounts import Account
+from credits.accounts import Account, AccountDisabled
 from credits.ledger import new_reservation_id, reserve
 from credits.plans import PlanLimits, PlanTable, StorageFull, check_plan
 from credits.pricing import PriceTable, Quote, quote
-from deployments.database import reader
+from deployments.database import lock_until_commit, reader
 from deployments.idempotency import Attempt
 from jobs.job import Job, JobId
 from jobs.store import enqueue, stored_bytes
@@ -70,6 +70,8 @@ class Admission:
         """
         if attempt is not None and (first := self._find_first(account, attempt)) is not None:
             return first
+        if account.disabled:
+            raise AccountDisabled(account.id)
         offer = self.offer(request.model)
         limits = self.plans.limits[account.plan]
         job_id = JobId(f"video_{uuid.uuid4().hex}")
@@ -115,6 +117,11 @@ class Admission:
         reservation_id = new_reservation_id()
         max_jobs = limits.max_jobs if account.max_jobs is None else account.max_jobs
         with self.engine.begin() as connection:
+            if attempt is not None and attempt.key is None:
+                # A retry waits for the attempt that it repeats, and then sees what that one made.
+                lock_until_commit(connection, f"{account.id} {attempt.fields_hash}")
+                if (first := attempt.find_first(connection, account.id)) is not None:
+                    return first
             job = enqueue(
                 connection,
                 {

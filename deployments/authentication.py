@@ -2,7 +2,8 @@
 
 import hmac
 
-from fastapi import Request
+from fastapi import APIRouter, Depends, Request
+from fastapi.security import HTTPBearer
 from sqlalchemy import Engine
 
 from credits.accounts import Account
@@ -18,7 +19,10 @@ class Authenticator:
         self.pepper = pepper
 
     def __call__(self, request: Request) -> Account:
-        """The account of the bearer key; Unauthenticated comes before any other fault."""
+        """The account of the bearer key, or Unauthenticated.
+
+        As a dependency of a router it comes before every fault of parameters.
+        """
         key_hash = hash_api_key(bearer(request), self.pepper)
         with reader(self.engine).begin() as connection:
             account, key = account_of_key(connection, key_hash)
@@ -26,7 +30,14 @@ class Authenticator:
         if is_stale:
             with self.engine.begin() as connection:
                 note_use(connection, key.id)
+        request.state.account = account
         return account
+
+
+def account_of(request: Request) -> Account:
+    """Whose request this is, on a route that depends on an Authenticator."""
+    account: Account = request.state.account
+    return account
 
 
 class AdminAuthenticator:
@@ -39,6 +50,12 @@ class AdminAuthenticator:
         """Unauthenticated for every other key."""
         if not hmac.compare_digest(bearer(request).encode(), self.admin_key):
             raise Unauthenticated
+
+
+def keyed_router(authenticate: "Authenticator | AdminAuthenticator", prefix: str = "") -> APIRouter:
+    """A router each of whose routes asks for a key first."""
+    dependencies = [Depends(HTTPBearer(auto_error=False)), Depends(authenticate)]
+    return APIRouter(prefix=prefix, dependencies=dependencies)
 
 
 def bearer(request: Request) -> str:

@@ -114,26 +114,31 @@ def read_settings(config: AppConfig) -> Settings:
     home = home_folder()
     url = os.environ.get(config.database_url_env) or f"sqlite:///{home / 'mutoscope.db'}"
     for name in ("MUTOSCOPE_PEPPER", "MUTOSCOPE_ADMIN_KEY"):
-        if not url.startswith("sqlite") and not os.environ.get(name):
-            raise ValueError(
-                f"{name} must be set, the same on every node, beside a shared database"
-            )
+        _check_shared(url, name)
     storage = config.storage.directory or home / "storage"
     return Settings(home, url, storage)
 
 
-def read_pepper(home: Path) -> bytes:
+def read_pepper(home: Path, database_url: str) -> bytes:
     """What API keys are hashed with: MUTOSCOPE_PEPPER, else a file that the first start makes."""
-    given = os.environ.get("MUTOSCOPE_PEPPER")
+    given = _check_shared(database_url, "MUTOSCOPE_PEPPER")
     return (given or read_or_create_secret(home / "pepper", secrets.token_hex(32))).encode()
 
 
-def read_admin_key(home: Path) -> str:
+def read_admin_key(home: Path, database_url: str) -> str:
     """The operator's key: MUTOSCOPE_ADMIN_KEY, else a file that the first start makes."""
-    given = os.environ.get("MUTOSCOPE_ADMIN_KEY")
+    given = _check_shared(database_url, "MUTOSCOPE_ADMIN_KEY")
     return given or read_or_create_secret(
         home / "admin_key", f"mk_admin_{secrets.token_urlsafe(32)}"
     )
+
+
+def _check_shared(database_url: str, name: str) -> str | None:
+    """The variable; ValueError if nodes that share a database would each make up its value."""
+    given = os.environ.get(name)
+    if not given and not database_url.startswith("sqlite"):
+        raise ValueError(f"a shared database needs {name}, the same on every node")
+    return given
 
 
 def home_folder() -> Path:

@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 
 from credits.accounts import AccountId
 from credits.ledger import LedgerEntry, list_entries
-from deployments.authentication import Authenticator
+from deployments.authentication import Authenticator, account_of
 from deployments.database import reader
 from deployments.paging import Page
 from deployments.wire import ENTRY_COLUMNS, credits_json, entry_json
@@ -30,7 +30,9 @@ class CreditRoutes:
 
     def router(self) -> APIRouter:
         """All routes; each needs an API key."""
-        router = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))])
+        router = APIRouter(
+            dependencies=[Depends(HTTPBearer(auto_error=False)), Depends(self.authenticate)]
+        )
         router.add_api_route("/v1/credits", self.get_credits, methods=["GET"])
         router.add_api_route("/v1/credits/entries", self.list_entries, methods=["GET"])
         router.add_api_route("/v1/credits/entries.csv", self.export_entries, methods=["GET"])
@@ -38,7 +40,7 @@ class CreditRoutes:
 
     def get_credits(self, request: Request) -> dict[str, Any]:
         """What the account has, holds in reservations and has spent."""
-        return credits_json(self.authenticate(request))
+        return credits_json(account_of(request))
 
     def list_entries(
         self,
@@ -47,13 +49,13 @@ class CreditRoutes:
         after: Annotated[int | None, Query(ge=0, le=2**31 - 1)] = None,
     ) -> dict[str, Any]:
         """A page of the account's transfers; `after` is the number of the last one seen."""
-        account = self.authenticate(request)
+        account = account_of(request)
         found = self._read(account.id, after, page.limit + 1, ascending=page.ascending)
         return page.json(found, key="number")
 
     def export_entries(self, request: Request) -> StreamingResponse:
         """Every transfer of the account from the first, as CSV."""
-        account = self.authenticate(request)
+        account = account_of(request)
         headers = {"content-disposition": 'attachment; filename="credits.csv"'}
         return StreamingResponse(self._csv(account.id), media_type="text/csv", headers=headers)
 

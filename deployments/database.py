@@ -12,7 +12,6 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, 
 
 ROOT = Path(__file__).resolve().parent.parent
 BUSY_TIMEOUT_S = 30
-START_LOCK = 0x6D75746F  # any fixed number: "muto"
 
 
 def open_database(url: str) -> Engine:
@@ -33,18 +32,29 @@ def open_database(url: str) -> Engine:
 
 
 def reader(engine: Engine) -> Engine:
-    """The same database for reading only: its transactions wait for no writer."""
-    return engine.execution_options(reads_only=True)
+    """The same database for reading only: a transaction sees one state and waits for no writer."""
+    options: dict[str, Any] = {"reads_only": True}
+    if engine.dialect.name == "postgresql":
+        options["isolation_level"] = "REPEATABLE READ"
+    return engine.execution_options(**options)
 
 
 @contextlib.contextmanager
 def exclusive(engine: Engine) -> Iterator[Connection]:
     """A transaction of which there is one at a time in all processes: for what starting does."""
     with engine.begin() as connection:
-        if connection.dialect.name == "postgresql":
-            lock = text("SELECT pg_advisory_xact_lock(:number)")
-            connection.execute(lock, {"number": START_LOCK})
+        lock_until_commit(connection, "start")
         yield connection
+
+
+def lock_until_commit(connection: Connection, name: str) -> None:
+    """Of the transactions that lock the same name, one goes on at a time.
+
+    On SQLite one writer goes on at a time anyway.
+    """
+    if connection.dialect.name == "postgresql":
+        lock = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
+        connection.execute(lock, {"name": name})
 
 
 def migrate(engine: Engine, revision: str = "head") -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 
 from credits.accounts import AccountDisabled, AccountNotFound
@@ -69,6 +70,7 @@ ANSWERS: dict[type[Exception], Answer] = {
     VideoNotReady: Answer(409, "invalid_request_error", "not_ready"),
     InputTooLarge: Answer(413, "invalid_request_error", "too_large"),
     TooManyJobs: Answer(429, "rate_limit_error", "too_many_jobs"),
+    DataError: Answer(400, "invalid_request_error", "invalid_request"),
     StorageFull: Answer(507, "billing_error", "storage_full"),
     AlreadySettled: INTERNAL,
     LeaseLost: INTERNAL,
@@ -107,11 +109,16 @@ async def _answer(_request: Request, error: Exception) -> JSONResponse:
         case InsufficientCredits():
             details = {"needed": error.needed, "available": error.available}
         case TooManyJobs():
-            headers["Retry-After"] = "5"
+            # A client that sent the same again by itself would be answered with an older job.
+            headers |= {"Retry-After": "5", "x-should-retry": "false"}
+        case StorageFull():
+            headers["x-should-retry"] = "false"
         case VideoNotReady() | IdempotencyConflict():
             headers["x-should-retry"] = "false"
     param = getattr(error, "param", "model" if isinstance(error, ModelNotFound) else None)
     message = str(error) if answer is not INTERNAL else "An internal error occurred."
+    if isinstance(error, DataError):  # PostgreSQL's: NUL in a text, say; it shows our SQL
+        message = "a value in the request cannot be stored"
     return JSONResponse(envelope(answer, message, param, **details), answer.status, headers)
 
 

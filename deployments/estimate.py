@@ -45,8 +45,10 @@ def make_estimate(admission: Admission, body: CreateBody, limits: LimitsConfig) 
         return _of_published(admission, body, family)
     try:
         return _of_deployed(admission, body, limits)
-    except InvalidRequest as refused:  # the deployed model may be a smaller one of the family
-        try:
+    except InvalidRequest as refused:
+        if refused.param not in ("num_frames", "size"):
+            raise
+        try:  # the deployed model may be a smaller one of the family
             return _of_published(admission, body, family)
         except InvalidRequest:
             raise refused from None

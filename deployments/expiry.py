@@ -1,12 +1,17 @@
 """Ends jobs that nobody finished: exactly once, whichever replicas look."""
 
+import logging
+
 from sqlalchemy import Engine
 
+from credits.ledger import AlreadySettled
 from credits.pricing import WorkWeights
 from deployments.config import LeaseConfig
 from deployments.settlement import WorkDone, expiry, settle
-from jobs.store import lease_overdue
+from jobs.store import LeaseLost, lease_overdue
 from media.object_store import ObjectStore
+
+logger = logging.getLogger("ray.serve")
 
 
 def expire_jobs(
@@ -25,5 +30,12 @@ def expire_jobs(
             )
         if job is None:
             return ended
-        settle(engine, store, weights, job, lease_owner=owner, done=WorkDone(), ending=expiry())
-        ended += 1
+        try:
+            settle(engine, store, weights, job, lease_owner=owner, done=WorkDone(), ending=expiry())
+            ended += 1
+        except (LeaseLost, AlreadySettled):
+            continue  # another sweeper was quicker
+        except Exception:
+            # One job that cannot be ended must not keep the others; its lease keeps it from here
+            # until it runs out.
+            logger.exception("job %s cannot be expired", job.id)

@@ -17,6 +17,7 @@ from credits.pricing import PriceTable, WorkWeights
 from deployments.admin_routes import AdminRoutes
 from deployments.admission import Admission, Offer
 from deployments.authentication import AdminAuthenticator, Authenticator
+from deployments.body_limit import BodyLimit
 from deployments.config import LimitsConfig, LocalAccountConfig, read_admin_key, read_pepper
 from deployments.credit_routes import CreditRoutes
 from deployments.database import migrate, open_database
@@ -65,7 +66,7 @@ class Ingress:
 def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
     """The ASGI application over a database that it migrates first; needs no Ray."""
     parts.home.mkdir(parents=True, exist_ok=True)
-    pepper = read_pepper(parts.home)
+    pepper = read_pepper(parts.home, parts.database_url)
     engine = open_database(parts.database_url)
     migrate(engine)
     if parts.local_account is not None:
@@ -80,7 +81,7 @@ def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
         parts.store,
         pepper,
         parts.weights,
-        AdminAuthenticator(read_admin_key(parts.home)),
+        AdminAuthenticator(read_admin_key(parts.home, parts.database_url)),
         wake,
     )
 
@@ -90,6 +91,7 @@ def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
         engine.dispose()
 
     app = FastAPI(title="Mutoscope", version="0.1.0", lifespan=lifespan)
+    app.add_middleware(BodyLimit, max_bytes=parts.limits.max_body_bytes)
     install_error_handlers(app)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.include_router(videos.router())

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Engine
 from credits.accounts import AccountId
 from credits.api_keys import add_api_key, list_api_keys, new_api_key, revoke_api_key
 from credits.audit import note
-from deployments.authentication import Authenticator
+from deployments.authentication import Authenticator, account_of
 from deployments.database import reader
 from deployments.wire import key_json
 from deployments.wire_bodies import KeyBody
@@ -25,7 +25,9 @@ class KeyRoutes:
 
     def router(self) -> APIRouter:
         """All routes; each needs an API key."""
-        router = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))])
+        router = APIRouter(
+            dependencies=[Depends(HTTPBearer(auto_error=False)), Depends(self.authenticate)]
+        )
         router.add_api_route("/v1/keys", self.create_key, methods=["POST"])
         router.add_api_route("/v1/keys", self.list_keys, methods=["GET"])
         router.add_api_route("/v1/keys/{key_id}/rotate", self.rotate_key, methods=["POST"])
@@ -36,29 +38,30 @@ class KeyRoutes:
         self, request: Request, body: Annotated[KeyBody | None, Body()] = None
     ) -> dict[str, Any]:
         """One more key for the account."""
-        account = self.authenticate(request)
+        account = account_of(request)
         with self.engine.begin() as connection:
             return issue_key(connection, account.id, self.pepper, body or KeyBody(), account.id)
 
     def list_keys(self, request: Request) -> dict[str, Any]:
         """The account's keys, those that are no longer good included."""
-        account = self.authenticate(request)
+        account = account_of(request)
         with reader(self.engine).begin() as connection:
             keys = list_api_keys(connection, account.id)
         return {"object": "list", "data": [key_json(key) for key in keys]}
 
     def rotate_key(self, request: Request, key_id: str) -> dict[str, Any]:
-        """A new key in place of this one, which ends at once."""
-        account = self.authenticate(request)
+        """A new key in place of this one, which ends at once; it is valid as long as that was."""
+        account = account_of(request)
         with self.engine.begin() as connection:
-            old = revoke_api_key(connection, key_id, account.id)
+            old = revoke_api_key(connection, key_id, account.id, only_good=True)
             note(connection, account.id, "key.revoke", account.id, key=old.id)
             body = KeyBody(name=old.name)
-            return issue_key(connection, account.id, self.pepper, body, account.id)
+            end = old.expires_at_ms
+            return issue_key(connection, account.id, self.pepper, body, account.id, end)
 
     def revoke_key(self, request: Request, key_id: str) -> dict[str, Any]:
         """End a key's validity at once, on every replica."""
-        account = self.authenticate(request)
+        account = account_of(request)
         with self.engine.begin() as connection:
             key = revoke_api_key(connection, key_id, account.id)
             note(connection, account.id, "key.revoke", account.id, key=key.id)
@@ -66,12 +69,23 @@ class KeyRoutes:
 
 
 def issue_key(
-    connection: Connection, account_id: AccountId, pepper: bytes, body: KeyBody, actor: str
+    connection: Connection,
+    account_id: AccountId,
+    pepper: bytes,
+    body: KeyBody,
+    actor: str,
+    expires_at_ms: int | None = None,
 ) -> dict[str, Any]:
     """Make a key and answer with it, the only time that it is shown."""
     secret = new_api_key()
     key = add_api_key(
-        connection, account_id, secret, pepper, name=body.name, valid_s=body.expires_in_s
+        connection,
+        account_id,
+        secret,
+        pepper,
+        name=body.name,
+        valid_s=body.expires_in_s,
+        expires_at_ms=expires_at_ms,
     )
     note(connection, actor, "key.create", account_id, key=key.id, name=key.name)
     return {**key_json(key), "key": secret}

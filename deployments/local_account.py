@@ -5,13 +5,7 @@ from pathlib import Path
 from sqlalchemy import Engine
 
 from credits.accounts import AccountId, create_account, find_account
-from credits.api_keys import (
-    Unauthenticated,
-    account_of_key,
-    add_api_key,
-    hash_api_key,
-    new_api_key,
-)
+from credits.api_keys import add_api_key, hash_api_key, is_known, new_api_key
 from credits.ledger import grant
 from credits.pricing import Credits
 from deployments.config import LocalAccountConfig, read_or_create_secret
@@ -29,7 +23,7 @@ def ensure_local_account(
         if find_account(connection, LOCAL_ACCOUNT) is None:
             create_account(connection, LOCAL_ACCOUNT, "local", config.plan)
             grant(connection, LOCAL_ACCOUNT, Credits(config.credits))
-        try:
-            account_of_key(connection, hash_api_key(api_key, pepper))
-        except Unauthenticated:  # the first start, or the key file was deleted and made anew
+        # At the first start, or after the key file was deleted and made anew. A key that its owner
+        # has revoked stays so.
+        if not is_known(connection, hash_api_key(api_key, pepper)):
             add_api_key(connection, LOCAL_ACCOUNT, api_key, pepper, name="local")

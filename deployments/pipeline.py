@@ -7,11 +7,12 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
 
 from ray.exceptions import ObjectLostError, RayActorError, WorkerCrashedError
 from ray.serve.handle import DeploymentHandle
+from sqlalchemy.exc import OperationalError
 
 from credits.ledger import AlreadySettled
 from credits.pricing import WorkWeights
@@ -32,6 +33,7 @@ logger = logging.getLogger("ray.serve")
 BACKOFF_S = 0.5
 SWEEP_S = 1.0
 SELDOM = 60
+T = TypeVar("T")
 WORKER_LOST = (RayActorError, ObjectLostError, WorkerCrashedError)
 
 
@@ -97,7 +99,7 @@ class VideoPipeline:
     async def _lease_jobs(self) -> None:
         while True:
             self.wanted.clear()
-            for job in await asyncio.to_thread(self._lease_free_slots):
+            for job in await self._try(self._lease_free_slots, []):
                 self.tier_of[job.id] = job.tier
                 task = asyncio.create_task(self._run(job))
                 task.add_done_callback(functools.partial(self._forget, job.id))
@@ -134,7 +136,7 @@ class VideoPipeline:
         while True:
             await asyncio.sleep(self.leases.lease_s / 4)
             if expected := set(self.running):
-                held = await asyncio.to_thread(self._extend, expected)
+                held = await self._try(functools.partial(self._extend, expected), expected)
                 for job_id in (expected - held) & self.running.keys():
                     self.running[job_id].cancel()
 
@@ -147,7 +149,7 @@ class VideoPipeline:
             await _wait(self.cancel_wanted, self.leases.poll_s)
             self.cancel_wanted.clear()
             if self.running:
-                for job_id in await asyncio.to_thread(self._read_cancellations):
+                for job_id in await self._try(self._read_cancellations, []):
                     if job_id in self.running and job_id not in self.cancelled:
                         self.cancelled.add(job_id)
                         self.running[job_id].cancel()
@@ -158,16 +160,25 @@ class VideoPipeline:
 
     async def _sweep(self) -> None:
         for round_number in itertools.count():
-            await asyncio.to_thread(self.purger.purge_videos)
+            await self._try(self.purger.purge_videos, None)
             if round_number % SELDOM == 0:
-                await asyncio.to_thread(self.purger.purge_inputs)
-                await asyncio.to_thread(self._expire)
+                await self._try(self.purger.purge_inputs, None)
+                await self._try(self._expire, None)
             await asyncio.sleep(SWEEP_S)
 
     def _expire(self) -> None:
         ended = expire_jobs(self.engine, self.store, self.weights, self.leases, self.owner)
         if ended:
             logger.warning("%d jobs expired", ended)
+
+    async def _try(self, act: Callable[[], T], otherwise: T) -> T:
+        """One round of a loop; a database that is away for a moment ends no job that runs."""
+        try:
+            return await asyncio.to_thread(act)
+        except OperationalError:
+            logger.exception("the database is away")
+            await asyncio.sleep(BACKOFF_S)
+            return otherwise
 
     def _lease_ms(self) -> int:
         return int(self.leases.lease_s * 1000)

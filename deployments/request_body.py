@@ -10,10 +10,8 @@ from typing import Any
 from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.types import Message
 
 from deployments.config import LimitsConfig
-from deployments.errors import InputTooLarge
 from models.catalog import Model
 from models.request import InvalidRequest, VideoRequest
 from models.start_image import check_start_image
@@ -83,13 +81,12 @@ class CreateBody:
         return fields
 
 
-async def read_create_body(request: Request, limits: LimitsConfig) -> CreateBody:
-    """Parse within the size limit; InvalidRequest for what is malformed or unknown."""
-    limited = Request(request.scope, _limited(request, limits.max_body_bytes))
+async def read_create_body(request: Request) -> CreateBody:
+    """Parse the body; InvalidRequest for what is malformed or unknown."""
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        given = await _read_form(limited)
+        given = await _read_form(request)
     else:
-        given = await _read_json(limited)
+        given = await _read_json(request)
     fields: dict[str, Any] = {}
     for name, value in given.items():
         field = ALIASES.get(name, name)
@@ -104,21 +101,6 @@ async def read_create_body(request: Request, limits: LimitsConfig) -> CreateBody
         raise InvalidRequest("model", "model must be a string")
     start_image = _read_image(fields.pop("input_reference", None))
     return CreateBody(model, fields, start_image)
-
-
-def _limited(request: Request, max_bytes: int) -> Any:
-    """The request's receive channel, which raises InputTooLarge beyond max_bytes."""
-    num_bytes = 0
-
-    async def receive() -> Message:
-        nonlocal num_bytes
-        message = await request.receive()
-        num_bytes += len(message.get("body", b""))
-        if num_bytes > max_bytes:
-            raise InputTooLarge(max_bytes)
-        return message
-
-    return receive
 
 
 async def _read_json(request: Request) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from credits.ledger import AlreadySettled
 from credits.pricing import WorkWeights
 from deployments.admission import Admission
-from deployments.authentication import Authenticator
+from deployments.authentication import Authenticator, account_of
 from deployments.config import LimitsConfig
 from deployments.database import reader
 from deployments.errors import VideoNotReady
@@ -21,7 +21,7 @@ from deployments.paging import Page
 from deployments.progress import stream_events
 from deployments.request_body import read_create_body
 from deployments.settlement import WorkDone, cancellation, settle
-from deployments.wire import model_json, quote_json, video_json
+from deployments.wire import STATUSES, model_json, quote_json, video_json
 from jobs.job import FINAL_STATES, Job, JobState
 from jobs.store import LeaseLost, get_job, list_jobs, mark_deleted, request_cancel
 from media.object_store import LocalObjectStore
@@ -89,7 +89,9 @@ class VideoRoutes:
 
     def router(self) -> APIRouter:
         """All routes; each needs an API key."""
-        router = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))])
+        router = APIRouter(
+            dependencies=[Depends(HTTPBearer(auto_error=False)), Depends(self.authenticate)]
+        )
         add = router.add_api_route
         body = CREATE_BODY
         add("/v1/videos", self.create_video, methods=["POST"], openapi_extra=body)
@@ -115,7 +117,7 @@ class VideoRoutes:
         job = await self._admit(request)
         content = {
             "job_id": job.id,
-            "status": "queued",
+            "status": STATUSES[job.state],
             "quoted": job.quoted,
             "reservation_id": job.reservation_id,
             "video": self._video(job),
@@ -124,8 +126,7 @@ class VideoRoutes:
 
     async def estimate(self, request: Request) -> dict[str, Any]:
         """The price of a request that is not made, of any family that has a price."""
-        await run_in_threadpool(self.authenticate, request)
-        body = await read_create_body(request, self.limits)
+        body = await read_create_body(request)
         estimate = await run_in_threadpool(make_estimate, self.admission, body, self.limits)
         return quote_json(estimate)
 
@@ -133,7 +134,7 @@ class VideoRoutes:
         self, request: Request, page: Annotated[Page, Depends()], after: str | None = None
     ) -> dict[str, Any]:
         """A page of the account's videos, the newest first unless order is asc."""
-        account = self.authenticate(request)
+        account = account_of(request)
         with reader(self.engine).begin() as connection:
             found = list_jobs(
                 connection,
@@ -214,13 +215,12 @@ class VideoRoutes:
 
     def list_models(self, request: Request) -> dict[str, Any]:
         """The deployed models."""
-        self.authenticate(request)
         models = [model_json(offer.model) for offer in self.admission.offers.values()]
         return {"object": "list", "data": models}
 
     async def _admit(self, request: Request) -> Job:
-        account = await run_in_threadpool(self.authenticate, request)
-        body = await read_create_body(request, self.limits)
+        account = account_of(request)
+        body = await read_create_body(request)
         model = self.admission.offer(body.model).model
         resolved = await run_in_threadpool(body.resolve, model, self.limits)
         attempt = read_attempt(request, body)
@@ -231,7 +231,7 @@ class VideoRoutes:
         return job
 
     def _find(self, request: Request, video_id: str) -> Job:
-        account = self.authenticate(request)
+        account = account_of(request)
         with reader(self.engine).begin() as connection:
             return get_job(connection, video_id, account.id)
 

@@ -86,30 +86,7 @@ def lease(
     but: jobs that owner is at work on, whose leases it let run out unawares. ageing_ms: see
     `jobs.order`.
     """
-    wanted = and_(jobs.c.tier.in_(tiers), jobs.c.id.not_in(but))
-    return _lease(connection, owner, wanted, lease_ms, ageing_ms)
-
-
-def lease_overdue(connection: Connection, owner: str, max_age_ms: int, lease_ms: int) -> Job | None:
-    """Take a job of any tier that nobody has finished max_age_ms after it was queued."""
-    overdue = jobs.c.created_at_ms < now_ms() - max_age_ms
-    return _lease(connection, owner, overdue, lease_ms, DEFAULT_AGEING_MS)
-
-
-def _lease(
-    connection: Connection,
-    owner: str,
-    wanted: ColumnElement[bool],
-    lease_ms: int,
-    ageing_ms: int,
-) -> Job | None:
-    free = and_(
-        wanted,
-        or_(
-            jobs.c.state == JobState.QUEUED,
-            and_(jobs.c.state == JobState.RUNNING, jobs.c.lease_expires_at_ms < now_ms()),
-        ),
-    )
+    free = and_(jobs.c.tier.in_(tiers), jobs.c.id.not_in(but), _is_free())
     ranked = rank_free_jobs(free, ageing_ms)
     # PostgreSQL locks no rows of a query with a window: `free` is asked again outside, where the
     # row that is locked is read anew.
@@ -118,12 +95,30 @@ def _lease(
         .join(ranked, ranked.c.number == jobs.c.number)
         .where(free)
         .order_by(ranked.c.level.desc(), ranked.c.turn, ranked.c.number)
-        .limit(1)
-        .with_for_update(skip_locked=True, of=jobs)
     )
+    return _take_first(connection, owner, candidate, lease_ms)
+
+
+def lease_overdue(connection: Connection, owner: str, max_age_ms: int, lease_ms: int) -> Job | None:
+    """Take a job of any tier that nobody has finished max_age_ms after it was queued."""
+    overdue = and_(jobs.c.created_at_ms < now_ms() - max_age_ms, _is_free())
+    candidate = select(jobs.c.number).where(overdue).order_by(jobs.c.number)
+    return _take_first(connection, owner, candidate, lease_ms)
+
+
+def _is_free() -> ColumnElement[bool]:
+    ran_out = and_(jobs.c.state == JobState.RUNNING, jobs.c.lease_expires_at_ms < now_ms())
+    return or_(jobs.c.state == JobState.QUEUED, ran_out)
+
+
+def _take_first(
+    connection: Connection, owner: str, candidates: Select[Any], lease_ms: int
+) -> Job | None:
+    """Lease the first of these jobs that no other transaction is at."""
+    first = candidates.limit(1).with_for_update(skip_locked=True, of=jobs)
     row = connection.execute(
         update(jobs)
-        .where(jobs.c.number == candidate.scalar_subquery())
+        .where(jobs.c.number == first.scalar_subquery())
         .values(
             state=JobState.RUNNING,
             lease_owner=owner,
@@ -315,7 +310,7 @@ def find_by_key(connection: Connection, account_id: str, key: str, fields_hash: 
 def find_recent(
     connection: Connection, account_id: str, fields_hash: str, max_age_ms: int
 ) -> Job | None:
-    """The account's newest job of these fields without a key, if it is young enough."""
+    """The account's newest job of these fields without a key, if it is young and has not failed."""
     row = connection.execute(
         select(jobs)
         .where(
@@ -323,6 +318,7 @@ def find_recent(
             jobs.c.fields_hash == fields_hash,
             jobs.c.idempotency_key.is_(None),
             jobs.c.created_at_ms > now_ms() - max_age_ms,
+            jobs.c.state.not_in((JobState.FAILED, JobState.CANCELLED)),
             ~jobs.c.deleted,
         )
         .order_by(jobs.c.number.desc())

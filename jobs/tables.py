@@ -65,6 +65,7 @@ jobs = Table(
     Index("jobs_of_account", "account_id", "number"),
     Index("jobs_idempotency_key", "account_id", "idempotency_key", unique=True),
     Index("jobs_same_fields", "account_id", "fields_hash", "number"),
+    Index("jobs_of_account_by_state", "account_id", "state"),
     Index("jobs_open", "state", "tier", "priority", "number"),
     Index(
         "jobs_purgeable",

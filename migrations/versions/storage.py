@@ -1,4 +1,4 @@
-"""Jobs know how many bytes their video has, or may have."""
+"""Jobs know their video's bytes, exact or estimated; an account's open jobs are found fast."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -16,6 +16,7 @@ def upgrade() -> None:
         "jobs",
         sa.Column("estimated_bytes", sa.BigInteger, nullable=False, server_default=sa.text("0")),
     )
+    op.create_index("jobs_of_account_by_state", "jobs", ["account_id", "state"])
     told = {
         "sqlite": "json_extract(result, '$.size_bytes')",
         "postgresql": "CAST(result ->> 'size_bytes' AS BIGINT)",

@@ -60,11 +60,16 @@ def store(tmp_path: Path) -> LocalObjectStore:
 
 @pytest.fixture
 def door(
-    engine: Engine, database_url: str, store: LocalObjectStore, model: Model, tmp_path: Path
+    engine: Engine,
+    database_url: str,
+    store: LocalObjectStore,
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Door]:
     offers = {model.id: Offer(model, (ServedOn(tier=GpuTier.LOCAL),))}
-    (tmp_path / "pepper").write_bytes(PEPPER)
-    (tmp_path / "admin_key").write_text(ADMIN_KEY)
+    monkeypatch.setenv("MUTOSCOPE_PEPPER", PEPPER.decode())
+    monkeypatch.setenv("MUTOSCOPE_ADMIN_KEY", ADMIN_KEY)
     parts = IngressParts(
         home=tmp_path,
         database_url=database_url,

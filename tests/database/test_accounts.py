@@ -1,6 +1,7 @@
 """Accounts and keys: what the operator and the owner may do, and what it does at once."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,11 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError
 
 from credits.accounts import Account
+from credits.api_keys import Unauthenticated, account_of_key, hash_api_key, revoke_api_key
+from deployments.config import LocalAccountConfig
+from deployments.local_account import ensure_local_account
 from jobs.job import JobState
-from tests.conftest import ADMIN_KEY, read_account
+from tests.conftest import ADMIN_KEY, PEPPER, read_account
 from tests.database.conftest import Caller, Door, job_now, lease_now
 
 AJob = Callable[..., Any]
@@ -108,6 +112,38 @@ def test_an_owner_makes_rotates_and_revokes_keys(door: Door, admin: Caller, alic
     ]  # fmt: skip
 
 
+def test_a_rotated_key_ends_when_the_first_one_would_have(door: Door, alice: Account) -> None:
+    call = door.as_account()
+    made = call("POST", "/v1/keys", json={"expires_in_s": 3600}).json()
+    rotated = call("POST", f"/v1/keys/{made['id']}/rotate").json()
+    assert rotated["expires_at"] == made["expires_at"] is not None
+    assert call("POST", f"/v1/keys/{made['id']}/rotate").status_code == 404
+
+
+def test_a_revoked_local_key_stays_revoked_and_the_server_starts(
+    engine: Engine, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        ensure_local_account(engine, LocalAccountConfig(), tmp_path, PEPPER)
+    key = (tmp_path / "api_key").read_text()
+    with engine.begin() as connection:
+        _, found = account_of_key(connection, hash_api_key(key, PEPPER))
+        revoke_api_key(connection, found.id)
+    ensure_local_account(engine, LocalAccountConfig(), tmp_path, PEPPER)
+    with engine.begin() as connection, pytest.raises(Unauthenticated):
+        account_of_key(connection, hash_api_key(key, PEPPER))
+
+
+def test_a_limit_is_replaced_and_given_back_to_the_plan(
+    engine: Engine, admin: Caller, alice: Account
+) -> None:
+    for body, limit in (({"max_jobs": 9}, 9), ({"plan": "pro"}, 9), ({"max_jobs": None}, None)):
+        assert admin("PATCH", "/admin/v1/accounts/alice", json=body).json()["max_jobs"] == limit
+    assert read_account(engine, "alice").plan == "pro"
+    for body in ({"plan": None}, {"disabled": None}):
+        assert admin("PATCH", "/admin/v1/accounts/alice", json=body).status_code == 400
+
+
 def test_a_key_ends_when_its_time_is_over(engine: Engine, door: Door, alice: Account) -> None:
     made = door.as_account()("POST", "/v1/keys", json={"expires_in_s": 3600}).json()
     assert with_key(door, made["key"])("GET", "/v1/credits").status_code == 200
@@ -160,6 +196,7 @@ def test_the_operators_routes_take_no_accounts_key(
         ("GET", "/admin/v1/accounts/nobody", None, 404, None),
         ("DELETE", "/admin/v1/keys/nothing", None, 404, None),
         ("GET", "/admin/v1/audit?after=x", None, 400, "after"),
+        ("POST", "/admin/v1/accounts", {"name": "a\x00", "plan": "pro"}, 400, "name"),
     ],
 )
 def test_a_wrong_call_is_refused_by_name(

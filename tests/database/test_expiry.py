@@ -60,6 +60,26 @@ def test_an_overdue_job_is_refunded_once_by_many_sweepers(
     assert (account.available, account.reserved, account.open_reservations) == (974, 26, 1)
 
 
+def test_a_job_that_cannot_be_ended_does_not_keep_the_others(
+    engine: Engine, store: LocalObjectStore, alice: Account, a_job: AJob,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    bad, good = a_job(alice), a_job(alice)
+    for job in (bad, good):
+        make_old(engine, job)
+    delete = LocalObjectStore.delete
+
+    def fail_once(self: LocalObjectStore, key: str) -> None:
+        if bad.id in key:
+            raise OSError("disk")
+        delete(self, key)
+
+    monkeypatch.setattr(LocalObjectStore, "delete", fail_once)
+    assert expire(engine, store) == 1
+    assert job_now(engine, good).error_code == "expired"
+    assert read_account(engine, "alice").reserved == 0
+
+
 def test_a_job_that_somebody_works_on_never_expires(
     engine: Engine, store: LocalObjectStore, alice: Account, a_job: AJob
 ) -> None:

@@ -8,6 +8,8 @@ import pytest
 from sqlalchemy import Engine, update
 
 from credits.accounts import Account
+from credits.ledger import grant
+from credits.pricing import Credits
 from jobs.tables import jobs
 from tests.conftest import read_account
 from tests.database.conftest import Door, png
@@ -65,11 +67,46 @@ def test_keys_are_an_accounts_own(door: Door, alice: Account, an_account: AnAcco
     assert create(door, account_id="bob", idempotency_key="k").json()["id"] != first["id"]
 
 
-def test_a_refused_attempt_leaves_its_key_free(door: Door, an_account: AnAccount) -> None:
-    an_account("alice", credits=0)
+def test_a_refused_attempt_leaves_its_key_free(
+    engine: Engine, door: Door, an_account: AnAccount
+) -> None:
+    alice = an_account("alice", credits=0)
     assert create(door, idempotency_key="k").status_code == 402
-    an_account("bob")
-    assert create(door, account_id="bob", idempotency_key="k").status_code == 200
+    with engine.begin() as connection:
+        grant(connection, alice.id, Credits(100))
+    assert create(door, idempotency_key="k").status_code == 200
+
+
+def test_a_refusal_is_not_answered_with_an_older_job_of_the_same_fields(
+    engine: Engine, door: Door, alice: Account
+) -> None:
+    for _ in range(4):
+        create(door, x_stainless_retry_count="0")
+    refused = create(door, x_stainless_retry_count="0")
+    assert (refused.status_code, refused.headers["x-should-retry"]) == (429, "false")
+
+
+def test_a_retry_never_finds_a_job_that_failed(engine: Engine, door: Door, alice: Account) -> None:
+    first = create(door, x_stainless_retry_count="0").json()
+    door.as_account()("DELETE", f"/v1/videos/{first['id']}")
+    assert create(door, x_stainless_retry_count="1").json()["id"] != first["id"]
+
+
+def test_a_retry_that_overtakes_its_first_attempt_makes_one_job(
+    engine: Engine, door: Door, alice: Account
+) -> None:
+    answers: list[Any] = []
+
+    def send(count: int) -> None:
+        answers.append(create(door, x_stainless_retry_count=str(count)))
+
+    threads = [threading.Thread(target=send, args=(count,)) for count in (1, 1, 2, 1, 2, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert read_account(engine, "alice").open_reservations == 1
 
 
 def test_fifty_threads_with_one_key_make_one_job(

@@ -7,8 +7,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from credits.accounts import AccountId
+from credits.api_keys import account_of_key
 from credits.ledger import list_entries
 from deployments.database import migrate, open_database
+from jobs.store import get_job
 from tests.conftest import read_account
 
 ROWS = """
@@ -22,6 +24,11 @@ INSERT INTO ledger_entries (account_id, debit, credit, amount, kind, reservation
 INSERT INTO jobs (id, account_id, state, model, tier, priority, request, quoted, quote_exact,
                   reservation_id, created_at_ms)
     VALUES ('j2', 'a', 'queued', 'm', 'local', 1, '{}', 20, '20', 'r2', 5);
+INSERT INTO jobs (id, account_id, state, model, tier, priority, request, quoted, quote_exact,
+                  reservation_id, created_at_ms, charged, refunded, result)
+    VALUES ('j1', 'a', 'succeeded', 'm', 'local', 1, '{}', 10, '10', 'r1', 4, 10, 0,
+            '{"size_bytes": 777}');
+INSERT INTO api_keys (key_hash, account_id) VALUES ('0123456789abcdef0123456789', 'a');
 """
 
 
@@ -36,6 +43,8 @@ def test_the_first_versions_rows_survive(tmp_path: Path) -> None:
     assert (account.available, account.reserved, account.open_reservations) == (70, 20, 1)
     with engine.begin() as connection:
         entries = list_entries(connection, AccountId("a"), after=None, limit=9, ascending=True)
+        owner, key = account_of_key(connection, "0123456789abcdef0123456789")
+        sizes = {name: get_job(connection, name).size_bytes for name in ("j1", "j2")}
         settled = connection.execute(text("SELECT expired FROM settlements")).scalar_one()
     assert [(entry.number, entry.amount, entry.kind) for entry in entries] == [
         (1, 100, "grant"),
@@ -43,6 +52,8 @@ def test_the_first_versions_rows_survive(tmp_path: Path) -> None:
     ]
     assert entries[1].created_at_ms - entries[0].created_at_ms == 86_400_000
     assert not settled
+    assert (owner.id, key.account_id) == ("a", "a")
+    assert sizes == {"j1": 777, "j2": None}
     with pytest.raises(IntegrityError, match="append-only"), engine.begin() as connection:
         connection.execute(text("DELETE FROM ledger_entries"))
     engine.dispose()
