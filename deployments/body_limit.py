@@ -14,7 +14,7 @@ class BodyLimit:
         self.max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count what the app reads; what it then answers to the cut body is replaced."""
+        """Count what the app reads; whatever it answers after too much is replaced."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -27,7 +27,7 @@ class BodyLimit:
             num_bytes += len(message.get("body", b""))
             if num_bytes > self.max_bytes:
                 is_refused = True
-                return {"type": "http.request", "body": b"", "more_body": False}
+                raise InputTooLarge(self.max_bytes)  # so that nothing is made of a part
             return message
 
         async def send_unless_refused(message: Message) -> None:

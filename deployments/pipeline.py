@@ -99,7 +99,7 @@ class VideoPipeline:
     async def _lease_jobs(self) -> None:
         while True:
             self.wanted.clear()
-            for job in await self._try(self._lease_free_slots, []):
+            for job in await self._try(self._lease_free_slots) or []:
                 self.tier_of[job.id] = job.tier
                 task = asyncio.create_task(self._run(job))
                 task.add_done_callback(functools.partial(self._forget, job.id))
@@ -136,8 +136,9 @@ class VideoPipeline:
         while True:
             await asyncio.sleep(self.leases.lease_s / 4)
             if expected := set(self.running):
-                held = await self._try(functools.partial(self._extend, expected), expected)
-                for job_id in (expected - held) & self.running.keys():
+                held = await self._try(functools.partial(self._extend, expected))
+                lost = set() if held is None else expected - held
+                for job_id in lost & self.running.keys():
                     self.running[job_id].cancel()
 
     def _extend(self, job_ids: set[JobId]) -> set[JobId]:
@@ -149,7 +150,7 @@ class VideoPipeline:
             await _wait(self.cancel_wanted, self.leases.poll_s)
             self.cancel_wanted.clear()
             if self.running:
-                for job_id in await self._try(self._read_cancellations, []):
+                for job_id in await self._try(self._read_cancellations) or []:
                     if job_id in self.running and job_id not in self.cancelled:
                         self.cancelled.add(job_id)
                         self.running[job_id].cancel()
@@ -160,10 +161,10 @@ class VideoPipeline:
 
     async def _sweep(self) -> None:
         for round_number in itertools.count():
-            await self._try(self.purger.purge_videos, None)
+            await self._try(self.purger.purge_videos)
             if round_number % SELDOM == 0:
-                await self._try(self.purger.purge_inputs, None)
-                await self._try(self._expire, None)
+                await self._try(self.purger.purge_inputs)
+                await self._try(self._expire)
             await asyncio.sleep(SWEEP_S)
 
     def _expire(self) -> None:
@@ -171,14 +172,14 @@ class VideoPipeline:
         if ended:
             logger.warning("%d jobs expired", ended)
 
-    async def _try(self, act: Callable[[], T], otherwise: T) -> T:
-        """One round of a loop; a database that is away for a moment ends no job that runs."""
+    async def _try(self, act: Callable[[], T]) -> T | None:
+        """One round of a loop; None if the database is away for a moment: that ends no job."""
         try:
             return await asyncio.to_thread(act)
         except OperationalError:
             logger.exception("the database is away")
             await asyncio.sleep(BACKOFF_S)
-            return otherwise
+            return None
 
     def _lease_ms(self) -> int:
         return int(self.leases.lease_s * 1000)

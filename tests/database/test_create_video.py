@@ -3,7 +3,7 @@
 import base64
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -134,6 +134,20 @@ def test_a_body_that_is_too_long_is_413(engine: Engine, door: Door, alice: Accou
     response = door.as_account()("POST", "/v1/videos", data={"prompt": "x"}, files=files)
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "too_large"
+    assert read_account(engine, "alice") == alice
+
+
+@pytest.mark.parametrize("path", ["/v1/keys", "/v1/videos", "/api/v1/video/estimate"])
+def test_no_route_reads_more_than_the_limit(
+    engine: Engine, door: Door, alice: Account, path: str
+) -> None:
+    def body() -> Iterator[bytes]:
+        for _ in range(40):
+            yield b'{"prompt": "x", "name": "' + b" " * 9_975
+
+    headers = {"content-type": "application/json"}
+    response = door.as_account()("POST", path, content=body(), headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "too_large")
     assert read_account(engine, "alice") == alice
 
 

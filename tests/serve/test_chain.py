@@ -177,7 +177,7 @@ def test_the_official_client_works_unchanged(cluster: Cluster, tmp_path: Path) -
         content = official.videos.download_content(video.id).read()
         assert content[4:8] == b"ftyp"
         for variant, kind in (("thumbnail", "WEBP"), ("spritesheet", "JPEG")):
-            picture = official.videos.download_content(video.id, variant=variant).read()  # type: ignore[arg-type]
+            picture = official.videos.download_content(video.id, variant=variant).read()
             with Image.open(io.BytesIO(picture)) as image:
                 assert image.format == kind
         assert official.videos.list(limit=1).data[0].id == video.id
