@@ -20,14 +20,17 @@ from training.clips import BACKGROUNDS, Combination, all_combinations, draw_clip
 from training.loop import MovingAverage, run_steps
 from training.train_vae import to_model_range
 
-NUM_STEPS = 6600
+NUM_STEPS, FINISH_STEPS = 6600, 900
 ENCODE_BATCH = 20
 CLIPS_PER_CAPTION = 30
 BATCH_SIZES = {1: 32, 2: 48, 4: 48}  # by f_patch_size; about as many tokens each
 MUON_LEARNING_RATE, ADAM_LEARNING_RATE = 2e-3, 2e-3
 CAPTION_DROPOUT = 0.1
 START_FRAME_SHARE = 0.15
-FOREGROUND_WEIGHT, FIRST_FRAME_WEIGHT = 4.0, 1.5
+FOREGROUND_WEIGHT = 4.0
+# The first frame is a latent frame of its own, and what it shows the least certain: the last steps,
+# at a low rate, mend the shapes there.
+FIRST_FRAME_WEIGHT, FINISH_FIRST_FRAME_WEIGHT, FINISH_RATE = 1.5, 5.0, 0.2
 # Noise levels lean to the noisy end, where layout and motion are decided, and later less so, for
 # the shapes' corners.
 LAYOUT_SHARE, LAYOUT_SHIFT, DETAIL_SHIFT, SHIFTED_SHARE = 0.62, 5.0, 3.0, 0.7
@@ -121,6 +124,7 @@ def train_denoiser(
     work: Path,
     seed: int,
     num_steps: int = NUM_STEPS,
+    finish_steps: int = FINISH_STEPS,
     *,
     compile_blocks: bool = False,
 ) -> ZImageTransformer2DModel:
@@ -154,7 +158,10 @@ def train_denoiser(
     def train_step(step: int) -> dict[str, float]:
         chance = random.Random(f"denoiser-{seed}-{step}")
         torch.manual_seed(chance.getrandbits(48))
+        is_finish = step >= num_steps
         rate = min((step + 1) / 80, 1.0, max((1 - step / num_steps) / 0.5, 0.01))
+        if is_finish:
+            rate = FINISH_RATE * (1 - (step - num_steps) / finish_steps)
         for optimizer, peak in ((muon, MUON_LEARNING_RATE), (adam, ADAM_LEARNING_RATE)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate
@@ -173,6 +180,7 @@ def train_denoiser(
                 texts,
                 f_patch_size=f_patch_size,
                 sigma_shift=LAYOUT_SHIFT if step < LAYOUT_SHARE * num_steps else DETAIL_SHIFT,
+                first_frame_weight=FINISH_FIRST_FRAME_WEIGHT if is_finish else FIRST_FRAME_WEIGHT,
             )
             for optimizer in (muon, adam):
                 optimizer.zero_grad(set_to_none=True)
@@ -185,7 +193,7 @@ def train_denoiser(
 
     run_steps(
         "denoiser",
-        num_steps,
+        num_steps + finish_steps,
         {**modules, "muon": muon, "adam": adam, "average": average},
         train_step,
         work / "denoiser.pt",
@@ -231,6 +239,7 @@ def _flow_matching_loss(
     *,
     f_patch_size: int,
     sigma_shift: float,
+    first_frame_weight: float,
 ) -> Tensor:
     """Weighted squared error of the velocity x0 - noise at one random noise level a clip.
 
@@ -244,7 +253,7 @@ def _flow_matching_loss(
     noise = torch.randn_like(latents)
     noisy = (1 - sigma) * latents + sigma * noise
     weight = 1 + FOREGROUND_WEIGHT * coverage
-    weight[:, :, 0] *= FIRST_FRAME_WEIGHT
+    weight[:, :, 0] *= first_frame_weight
     has_start_frame = torch.rand(count) < START_FRAME_SHARE
     noisy[has_start_frame, :, 0] = latents[has_start_frame, :, 0]
     weight[has_start_frame, :, 0] = 0.0

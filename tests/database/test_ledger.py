@@ -7,7 +7,13 @@ from sqlalchemy import Engine, func, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from credits.accounts import Account, accounts
-from credits.api_keys import Unauthenticated, account_of_key, hash_api_key, new_api_key
+from credits.api_keys import (
+    Unauthenticated,
+    account_of_key,
+    add_api_key,
+    hash_api_key,
+    new_api_key,
+)
 from credits.ledger import (
     AlreadySettled,
     InsufficientCredits,
@@ -176,8 +182,11 @@ def test_a_key_speaks_for_its_account_and_is_stored_as_a_hash(
         for wrong in (hash_api_key("key-alice", b"other"), hash_api_key("key-bob", PEPPER)):
             with pytest.raises(Unauthenticated):
                 account_of_key(connection, wrong)
-        stored = connection.execute(text("SELECT * FROM api_keys")).all()
-    assert "key-alice" not in str(stored)
+        secret = new_api_key()
+        key = add_api_key(connection, account.id, secret, PEPPER)
+        stored = str(connection.execute(text("SELECT * FROM api_keys")).all())
+    assert key.hint in stored
+    assert secret[12:] not in stored
 
 
 def test_keys_are_long_and_never_twice_the_same() -> None:

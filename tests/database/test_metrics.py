@@ -17,11 +17,11 @@ AnAccount = Callable[..., Account]
 
 
 def read(door: Door) -> dict[tuple[str, ...], float]:
-    """Name and label values of each sample -> its value."""
+    """Name and label values of each sample, by label -> its value."""
     answer = door.client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     return {
-        (sample.name, *sample.labels.values()): sample.value
+        (sample.name, *(sample.labels[name] for name in sorted(sample.labels))): sample.value
         for family in text_string_to_metric_families(answer.text)
         for sample in family.samples
     }
@@ -47,8 +47,8 @@ def test_queue_jobs_and_credits_are_told(
     assert told["mutoscope_jobs", "succeeded"] == 1
     assert told["mutoscope_jobs", "running"] == 1
     assert told["mutoscope_jobs", "failed"] == 0
-    assert told["mutoscope_queue_depth", "local", "enterprise"] == 1
-    assert told["mutoscope_queue_depth", "local", "pro"] == 1
+    assert told["mutoscope_queue_depth", "enterprise", "local"] == 1
+    assert told["mutoscope_queue_depth", "pro", "local"] == 1
     assert told["mutoscope_credits_total", "grant"] == 2000
     assert told["mutoscope_credits_total", "reserve"] == 4 * 26
     assert told["mutoscope_credits_total", "confirm"] == 26

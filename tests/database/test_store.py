@@ -34,6 +34,7 @@ from jobs.store import (
 )
 from jobs.tables import jobs, metadata
 from media.object_store import LocalObjectStore
+from media.renditions import Rendition, rendition_key
 from tests.conftest import read_account
 from tests.database.conftest import job_now, lease_now
 
@@ -280,14 +281,14 @@ def test_a_file_that_cannot_be_deleted_is_left_for_later(
     finish_now(engine, job, "me")
     with engine.begin() as connection:
         mark_deleted(connection, job.id)
-    obstacle = store.path("videos/x")
+    obstacle = store.path(rendition_key(job.id, Rendition.VIDEO))
     obstacle.mkdir(parents=True)
     purger = Purger(engine, store)
     purger.purge_videos()
     with engine.begin() as connection:
         assert len(purgeable(connection)) == 1
     obstacle.rmdir()
-    store.put("videos/x", b"video")
+    store.put(rendition_key(job.id, Rendition.VIDEO), b"video")
     purger.purge_videos()
     with engine.begin() as connection:
         assert purgeable(connection) == []
