@@ -7,12 +7,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
-from fastapi.security import HTTPBearer
 from sqlalchemy import Engine
 
 from credits.accounts import AccountId
 from credits.ledger import LedgerEntry, list_entries
-from deployments.authentication import Authenticator, account_of
+from deployments.authentication import Authenticator, account_of, keyed_router
 from deployments.database import reader
 from deployments.paging import Page
 from deployments.wire import ENTRY_COLUMNS, credits_json, entry_json
@@ -30,9 +29,7 @@ class CreditRoutes:
 
     def router(self) -> APIRouter:
         """All routes; each needs an API key."""
-        router = APIRouter(
-            dependencies=[Depends(HTTPBearer(auto_error=False)), Depends(self.authenticate)]
-        )
+        router = keyed_router(self.authenticate)
         router.add_api_route("/v1/credits", self.get_credits, methods=["GET"])
         router.add_api_route("/v1/credits/entries", self.list_entries, methods=["GET"])
         router.add_api_route("/v1/credits/entries.csv", self.export_entries, methods=["GET"])

@@ -2,14 +2,13 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Request
-from fastapi.security import HTTPBearer
+from fastapi import APIRouter, Body, Request
 from sqlalchemy import Connection, Engine
 
 from credits.accounts import AccountId
 from credits.api_keys import add_api_key, list_api_keys, new_api_key, revoke_api_key
 from credits.audit import note
-from deployments.authentication import Authenticator, account_of
+from deployments.authentication import Authenticator, account_of, keyed_router
 from deployments.database import reader
 from deployments.wire import key_json
 from deployments.wire_bodies import KeyBody
@@ -25,9 +24,7 @@ class KeyRoutes:
 
     def router(self) -> APIRouter:
         """All routes; each needs an API key."""
-        router = APIRouter(
-            dependencies=[Depends(HTTPBearer(auto_error=False)), Depends(self.authenticate)]
-        )
+        router = keyed_router(self.authenticate)
         router.add_api_route("/v1/keys", self.create_key, methods=["POST"])
         router.add_api_route("/v1/keys", self.list_keys, methods=["GET"])
         router.add_api_route("/v1/keys/{key_id}/rotate", self.rotate_key, methods=["POST"])

@@ -4,14 +4,13 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from fastapi.security import HTTPBearer
 from sqlalchemy import Engine
 from starlette.concurrency import run_in_threadpool
 
 from credits.ledger import AlreadySettled
 from credits.pricing import WorkWeights
 from deployments.admission import Admission
-from deployments.authentication import Authenticator, account_of
+from deployments.authentication import Authenticator, account_of, keyed_router
 from deployments.config import LimitsConfig
 from deployments.database import reader
 from deployments.errors import VideoNotReady
@@ -89,9 +88,7 @@ class VideoRoutes:
 
     def router(self) -> APIRouter:
         """All routes; each needs an API key."""
-        router = APIRouter(
-            dependencies=[Depends(HTTPBearer(auto_error=False)), Depends(self.authenticate)]
-        )
+        router = keyed_router(self.authenticate)
         add = router.add_api_route
         body = CREATE_BODY
         add("/v1/videos", self.create_video, methods=["POST"], openapi_extra=body)
@@ -213,7 +210,7 @@ class VideoRoutes:
             headers={"cache-control": "no-cache"},
         )
 
-    def list_models(self, request: Request) -> dict[str, Any]:
+    def list_models(self) -> dict[str, Any]:
         """The deployed models."""
         models = [model_json(offer.model) for offer in self.admission.offers.values()]
         return {"object": "list", "data": models}
