@@ -274,6 +274,8 @@ def test_latents_that_died_with_their_denoiser_are_made_again(
     encoder.suspend()  # so that nobody has read the latents when their owner dies
     until(client, video["id"], lambda event: event.data["step"] == 30)
     cluster.kill("Denoiser-local")
+    # Once its successor is there, everybody knows that it is dead, and its objects are gone.
+    wait_until(lambda: len(cluster.replicas("Denoiser-local")) == 1, 60)
     encoder.resume()
     done = finish(client, video["id"])
     assert (done["status"], done["charged"]) == ("completed", 58)
