@@ -55,6 +55,9 @@ format: setup
 bench: setup
 	$(BIN)/python -m bench.prompt_adherence
 	$(BIN)/python -m bench.cluster_tax
+	$(BIN)/python -m bench.ledger_contention
+	$(BIN)/python -m bench.money_simulation --seeds 5
+	$(BIN)/python -m bench.money_simulation --seeds 5 --database postgresql
 
 train-demo: setup
 	$(BIN)/python -m training

@@ -11,7 +11,6 @@ import json
 import random
 import sqlite3
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,8 +22,8 @@ from typing import Any
 import psycopg
 from sqlalchemy import make_url
 
+from bench.databases import fresh_database, fresh_sqlite, running_postgresql
 from bench.machine import describe_machine
-from bench.postgresql import fresh_database, running_postgresql
 from credits.accounts import AccountId, create_account
 from credits.ledger import grant, new_reservation_id, reserve
 from credits.plans import Plan
@@ -56,7 +55,7 @@ def main() -> None:
     print(describe_machine())
     print(f"{'':12}{'accounts':>9}{'bare/s':>9}{'reserve/s':>11}{'ratio':>7}{'p99 ms':>8}")
     result = {}
-    for kind, database in (("postgresql", postgresql_database), ("sqlite", sqlite_database)):
+    for kind, database in (("postgresql", postgresql_database), ("sqlite", fresh_sqlite)):
         with (
             database() as url,
             ProcessPoolExecutor(NUM_CONNECTIONS, mp_context=get_context("spawn")) as workers,
@@ -90,12 +89,6 @@ def main() -> None:
 def postgresql_database() -> Iterator[str]:
     with running_postgresql() as server, fresh_database(server) as url:
         yield url
-
-
-@contextmanager
-def sqlite_database() -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield f"sqlite:///{folder}/ledger.db"
 
 
 def fill(url: str) -> None:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from bench.databases import fresh_database, fresh_sqlite, running_postgresql
 from bench.machine import describe_machine
 from bench.money_world import BREAKABLE, NUM_ACCOUNTS, OWNERS, World, break_law
-from bench.postgresql import fresh_database, running_postgresql
 from jobs.job import JobState
 from models.catalog import Model, load_model
 
@@ -105,13 +105,7 @@ def databases(kind: str) -> Iterator[Callable[[], AbstractContextManager[str]]]:
         with running_postgresql() as server:
             yield lambda: fresh_database(server)
         return
-
-    @contextmanager
-    def sqlite() -> Iterator[str]:
-        with tempfile.TemporaryDirectory() as folder:
-            yield f"sqlite:///{folder}/money.db"
-
-    yield sqlite
+    yield fresh_sqlite
 
 
 def main() -> None:

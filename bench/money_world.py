@@ -31,9 +31,9 @@ from deployments.config import LeaseConfig
 from deployments.database import migrate, open_database, reader
 from deployments.expiry import expire_jobs
 from deployments.idempotency import Attempt
-from deployments.settlement import Ending, WorkDone, cancellation, settle
+from deployments.settlement import Ending, WorkDone, cancel, cancellation, settle
 from jobs.job import FINAL_STATES, Job, JobId, JobState, Phase, Progress
-from jobs.store import LeaseLost, get_job, lease, record, request_cancel
+from jobs.store import LeaseLost, get_job, lease, record
 from jobs.tables import job_events, jobs
 from media.object_store import LocalObjectStore
 from models.catalog import Model
@@ -123,11 +123,7 @@ class World:
 
     def cancel(self, job: int) -> None:
         """The owner deletes a video that is not finished."""
-        found = self._job(job)
-        if found.state is JobState.QUEUED:
-            self._settle(found, None, WorkDone(), cancellation())
-        with self.engine.begin() as connection:
-            request_cancel(connection, found.id)
+        cancel(self.engine, self.store, WorkWeights(), self._job(job))
 
     def let_leases_run_out(self, owner: int) -> None:
         """A pipeline hangs or dies: none of its leases is extended."""

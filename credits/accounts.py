@@ -100,7 +100,7 @@ def new_account_id() -> AccountId:
 def create_account(connection: Connection, account_id: AccountId, name: str, plan: Plan) -> None:
     """Insert an account without credits and without keys."""
     connection.execute(
-        insert(accounts).values(id=account_id, name=name, plan=plan, created_at_ms=_now_ms())
+        insert(accounts).values(id=account_id, name=name, plan=plan, created_at_ms=now_ms())
     )
 
 
@@ -151,5 +151,6 @@ def to_account(row: Row[Any]) -> Account:
     return Account(**{**row._mapping, "plan": Plan(row.plan)})
 
 
-def _now_ms() -> ColumnElement[int]:
+def now_ms() -> ColumnElement[int]:
+    """The database's clock, in milliseconds since 1970."""
     return func.now_ms(type_=BigInteger())

@@ -23,7 +23,7 @@ from sqlalchemy import (
     update,
 )
 
-from credits.accounts import Account, AccountId, accounts, metadata, to_account
+from credits.accounts import Account, AccountId, accounts, metadata, now_ms, to_account
 
 KeyId = NewType("KeyId", str)
 
@@ -105,8 +105,8 @@ def add_api_key(
             account_id=account_id,
             name=name,
             hint=api_key[:12],
-            created_at_ms=_now_ms(),
-            expires_at_ms=expires_at_ms if valid_s is None else _now_ms() + 1000 * valid_s,
+            created_at_ms=now_ms(),
+            expires_at_ms=expires_at_ms if valid_s is None else now_ms() + 1000 * valid_s,
         )
         .returning(*api_keys.c)
     ).one()
@@ -135,7 +135,7 @@ def needs_note(connection: Connection, key: ApiKey) -> bool:
     fresh = (
         key.last_used_at_ms is not None
         and connection.execute(
-            select(_now_ms() - key.last_used_at_ms < 1000 * SECONDS_BETWEEN_USES)
+            select(now_ms() - key.last_used_at_ms < 1000 * SECONDS_BETWEEN_USES)
         ).scalar_one()
     )
     return not fresh
@@ -144,7 +144,7 @@ def needs_note(connection: Connection, key: ApiKey) -> bool:
 def note_use(connection: Connection, key_id: KeyId) -> None:
     """Put down that a key is in use."""
     connection.execute(
-        update(api_keys).where(api_keys.c.id == key_id).values(last_used_at_ms=_now_ms())
+        update(api_keys).where(api_keys.c.id == key_id).values(last_used_at_ms=now_ms())
     )
 
 
@@ -174,7 +174,7 @@ def revoke_api_key(
     row = connection.execute(
         update(api_keys)
         .where(*where)
-        .values(revoked_at_ms=func.coalesce(api_keys.c.revoked_at_ms, _now_ms()))
+        .values(revoked_at_ms=func.coalesce(api_keys.c.revoked_at_ms, now_ms()))
         .returning(*api_keys.c)
     ).first()
     if row is None:
@@ -183,12 +183,8 @@ def revoke_api_key(
 
 
 def _is_good() -> ColumnElement[bool]:
-    unexpired = or_(api_keys.c.expires_at_ms.is_(None), api_keys.c.expires_at_ms > _now_ms())
+    unexpired = or_(api_keys.c.expires_at_ms.is_(None), api_keys.c.expires_at_ms > now_ms())
     return and_(api_keys.c.revoked_at_ms.is_(None), unexpired)
-
-
-def _now_ms() -> "ColumnElement[int]":
-    return func.now_ms(type_=BigInteger())
 
 
 def _to_key(row: Row[tuple[object, ...]]) -> ApiKey:

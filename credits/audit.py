@@ -12,12 +12,11 @@ from sqlalchemy import (
     Integer,
     String,
     Table,
-    func,
     insert,
     select,
 )
 
-from credits.accounts import AccountId, metadata
+from credits.accounts import AccountId, metadata, now_ms
 
 audit_log = Table(
     "audit_log",
@@ -49,7 +48,7 @@ def note(
     """Put down an act, in the transaction that does it."""
     connection.execute(
         insert(audit_log).values(
-            created_at_ms=func.now_ms(type_=BigInteger()),
+            created_at_ms=now_ms(),
             actor=actor,
             action=action,
             account_id=account_id,

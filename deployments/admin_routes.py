@@ -15,18 +15,17 @@ from credits.accounts import (
 )
 from credits.api_keys import list_api_keys, revoke_api_key
 from credits.audit import list_audit, note
-from credits.ledger import AlreadySettled, grant
+from credits.ledger import grant
 from credits.pricing import Credits, WorkWeights
 from deployments.authentication import AdminAuthenticator, keyed_router
 from deployments.database import reader
 from deployments.key_routes import issue_key
 from deployments.paging import Page
-from deployments.settlement import WorkDone, cancellation, settle
+from deployments.settlement import cancel
 from deployments.video_routes import Waker
 from deployments.wire import account_json, audit_json, job_json, key_json
 from deployments.wire_bodies import AccountBody, AccountChange, GrantBody, KeyBody
-from jobs.job import JobState
-from jobs.store import LeaseLost, list_jobs, open_jobs, request_cancel
+from jobs.store import list_jobs, open_jobs
 from media.object_store import ObjectStore
 
 ADMIN = "admin"
@@ -177,19 +176,5 @@ class AdminRoutes:
         with reader(self.engine).begin() as connection:
             found = open_jobs(connection, account_id)
         for job in found:
-            with self.engine.begin() as connection:  # one row each: a heartbeat locks several
-                request_cancel(connection, job.id)
-            if job.state is JobState.QUEUED:
-                try:
-                    settle(
-                        self.engine,
-                        self.store,
-                        self.weights,
-                        job,
-                        lease_owner=None,
-                        done=WorkDone(),
-                        ending=cancellation(),
-                    )
-                except (LeaseLost, AlreadySettled):  # leased meanwhile: its pipeline ends it
-                    continue
+            cancel(self.engine, self.store, self.weights, job)
         self.wake()

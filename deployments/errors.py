@@ -111,9 +111,7 @@ async def _answer(_request: Request, error: Exception) -> JSONResponse:
         case TooManyJobs():
             # A client that sent the same again by itself would be answered with an older job.
             headers |= {"Retry-After": "5", "x-should-retry": "false"}
-        case StorageFull():
-            headers["x-should-retry"] = "false"
-        case VideoNotReady() | IdempotencyConflict():
+        case StorageFull() | VideoNotReady() | IdempotencyConflict():
             headers["x-should-retry"] = "false"
     param = getattr(error, "param", "model" if isinstance(error, ModelNotFound) else None)
     message = str(error) if answer is not INTERNAL else "An internal error occurred."

@@ -164,6 +164,7 @@ class VideoPipeline:
             await self._try(self.purger.purge_videos)
             if round_number % SELDOM == 0:
                 await self._try(self.purger.purge_inputs)
+                await self._try(self.purger.purge_unpublished)
                 await self._try(self._expire)
             await asyncio.sleep(SWEEP_S)
 

@@ -6,15 +6,17 @@ from sqlalchemy import Engine
 
 from deployments.database import reader
 from jobs.job import FINAL_STATES
-from jobs.store import JobNotFound, get_job, mark_purged, purgeable
+from jobs.store import JobNotFound, ended_in_vain, get_job, mark_purged, purgeable
 from media.object_store import ObjectStore
 from media.renditions import delete_renditions
 
 logger = logging.getLogger("ray.serve")
 
+UNPUBLISHED_MS = 3_600_000
+
 
 class Purger:
-    """Deleted videos at once; start images that a kill left behind when seen twice."""
+    """Deleted videos at once; what a kill left behind later: start images, unpublished videos."""
 
     def __init__(self, engine: Engine, store: ObjectStore) -> None:
         self.engine = engine
@@ -33,6 +35,17 @@ class Purger:
                 continue
             with self.engine.begin() as connection:
                 mark_purged(connection, job.id)
+
+    def purge_unpublished(self) -> None:
+        """Delete what was published for jobs that then ended without a video.
+
+        Settling does so too, but its process may be killed first, or the encoder of a pipeline that
+        has lost its lease publish afterwards.
+        """
+        with reader(self.engine).begin() as connection:
+            ended = ended_in_vain(connection, UNPUBLISHED_MS)
+        for job_id in ended:
+            delete_renditions(self.store, job_id)
 
     def purge_inputs(self) -> None:
         """Delete start images without an open job.

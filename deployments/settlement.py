@@ -1,16 +1,17 @@
 """Ends a job: its state, its charge and its last event change in one transaction."""
 
+import contextlib
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from sqlalchemy import Engine
 
-from credits.ledger import ReservationId
+from credits.ledger import AlreadySettled, ReservationId
 from credits.ledger import settle as settle_reservation
 from credits.pricing import Credits, Passes, WorkWeights, charge, share_done
 from jobs.job import Job, JobState, Outcome
-from jobs.store import finish
+from jobs.store import LeaseLost, finish, request_cancel
 from media.object_store import ObjectStore
 from media.renditions import delete_renditions
 from models.request import VideoRequest
@@ -90,6 +91,21 @@ def settle(
     if ending.video_key is None:
         delete_renditions(store, job.id)  # published, but cancelled or lost before the end
     return outcome
+
+
+def cancel(engine: Engine, store: ObjectStore, weights: WorkWeights, job: Job) -> None:
+    """End a job that is still queued; ask whoever runs it otherwise to stop at the next step.
+
+    The request is written first: a kill in between, or a pipeline that leases the job meanwhile,
+    leaves a job that its pipeline cancels.
+    """
+    with engine.begin() as connection:
+        request_cancel(connection, job.id)
+    if job.state is JobState.QUEUED:
+        # LeaseLost, AlreadySettled: a pipeline has it by now, and reads the request.
+        with contextlib.suppress(LeaseLost, AlreadySettled):
+            done, ending = WorkDone(), cancellation()
+            settle(engine, store, weights, job, lease_owner=None, done=done, ending=ending)
 
 
 def expiry() -> Ending:

@@ -7,7 +7,6 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from sqlalchemy import Engine
 from starlette.concurrency import run_in_threadpool
 
-from credits.ledger import AlreadySettled
 from credits.pricing import WorkWeights
 from deployments.admission import Admission
 from deployments.authentication import Authenticator, account_of, keyed_router
@@ -19,10 +18,10 @@ from deployments.idempotency import read_attempt
 from deployments.paging import Page
 from deployments.progress import stream_events
 from deployments.request_body import read_create_body
-from deployments.settlement import WorkDone, cancellation, settle
+from deployments.settlement import cancel
 from deployments.wire import STATUSES, model_json, quote_json, video_json
 from jobs.job import FINAL_STATES, Job, JobState
-from jobs.store import LeaseLost, get_job, list_jobs, mark_deleted, request_cancel
+from jobs.store import get_job, list_jobs, mark_deleted
 from media.object_store import LocalObjectStore
 from media.renditions import MEDIA_TYPES, SUFFIXES, Rendition, rendition_key
 from models.request import InvalidRequest
@@ -154,25 +153,12 @@ class VideoRoutes:
         A cancelled video stays, as the receipt of what was charged, until it is deleted again.
         """
         job = self._find(request, video_id)
-        if job.state is JobState.QUEUED:
-            try:
-                settle(
-                    self.engine,
-                    self.store,
-                    self.weights,
-                    job,
-                    lease_owner=None,
-                    done=WorkDone(),
-                    ending=cancellation(),
-                )
-            except (LeaseLost, AlreadySettled):  # leased or ended meanwhile: go on as it now stands
-                job = self._find(request, video_id)
         was_final = job.state in FINAL_STATES
+        if not was_final:
+            cancel(self.engine, self.store, self.weights, job)
         with self.engine.begin() as connection:
             job = get_job(connection, video_id)
-            if job.state is JobState.RUNNING:
-                request_cancel(connection, job.id)
-            elif was_final or job.state is JobState.SUCCEEDED:
+            if was_final or job.state is JobState.SUCCEEDED:
                 mark_deleted(connection, job.id)
         self.wake()
         return {"id": job.id, "object": "video.deleted", "deleted": True}

@@ -245,6 +245,18 @@ def purgeable(connection: Connection, limit: int = 100) -> list[Job]:
     return [_to_job(row) for row in connection.execute(query)]
 
 
+def ended_in_vain(connection: Connection, max_age_ms: int) -> list[JobId]:
+    """Jobs that were started and ended without a video, no longer than max_age_ms ago."""
+    rows = connection.execute(
+        select(jobs.c.id).where(
+            jobs.c.state.in_((JobState.FAILED, JobState.CANCELLED)),
+            jobs.c.started_at_ms.is_not(None),
+            jobs.c.finished_at_ms > now_ms() - max_age_ms,
+        )
+    )
+    return [JobId(row.id) for row in rows]
+
+
 def mark_purged(connection: Connection, job_id: JobId) -> None:
     """The files of a deleted job are gone."""
     connection.execute(update(jobs).where(jobs.c.id == job_id).values(video_key=None))

@@ -11,7 +11,8 @@ import imageio_ffmpeg
 
 from models.tensors import Frames
 
-# What a quota promises a job: about what x264 takes here for noisy pictures; plain ones take less.
+# What a quota promises a job; rather too much than too little, since the real length is known only
+# afterwards.
 BYTES_PER_PIXEL = 0.03
 BT709 = "colorprim=bt709:transfer=bt709:colormatrix=bt709"
 

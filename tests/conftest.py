@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, make_url
 
-from bench.postgresql import fresh_database, running_postgresql
+from bench.databases import fresh_database, running_postgresql
 from credits.accounts import Account, AccountId, create_account, find_account
 from credits.api_keys import add_api_key
 from credits.ledger import grant

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="default: out/training/seed-N")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--no-compile", action="store_true", help="train without a C++ compiler, 1.6 times slower"
+        "--no-compile", action="store_true", help="train without a C++ compiler, slower"
     )
     arguments = parser.parse_args()
     if not arguments.no_compile:

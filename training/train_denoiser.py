@@ -130,7 +130,7 @@ def train_denoiser(
 ) -> ZImageTransformer2DModel:
     """Train both networks; they return with their averaged weights.
 
-    compile_blocks needs a C++ compiler and two minutes, and then makes a step 1.6 times faster.
+    compile_blocks needs a C++ compiler and a minute or two, which faster steps pay back.
     """
     torch.manual_seed(seed)
     transformer = make_transformer()

@@ -3,8 +3,8 @@ money and leaves every job in exactly one state; and the check can tell when it 
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 
+from bench.databases import fresh_database, fresh_sqlite
 from bench.money_simulation import simulate
 from bench.money_world import BREAKABLE, MAX_JOBS, NUM_ACCOUNTS, OWNERS, World
-from bench.postgresql import fresh_database
 from jobs.job import JobState
 from models.catalog import Model
 
@@ -36,13 +36,7 @@ def fresh(request: pytest.FixtureRequest) -> Fresh:
         server = request.getfixturevalue("postgresql_url")
         template = request.getfixturevalue("postgresql_template")
         return lambda: fresh_database(server, template)
-
-    @contextmanager
-    def sqlite() -> Iterator[str]:
-        with tempfile.TemporaryDirectory() as folder:
-            yield f"sqlite:///{folder}/money.db"
-
-    return sqlite
+    return fresh_sqlite
 
 
 class MoneyMachine(RuleBasedStateMachine):

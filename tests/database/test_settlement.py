@@ -10,10 +10,12 @@ from sqlalchemy import Engine
 from credits.accounts import Account
 from credits.plans import TooManyJobs
 from credits.pricing import WorkWeights
+from deployments.purge import Purger
 from deployments.settlement import Ending, WorkDone, cancellation, settle
 from jobs.job import Job, JobState, Outcome
 from jobs.store import LeaseLost
 from media.object_store import LocalObjectStore
+from media.renditions import Rendition, rendition_key
 from models.request import VideoRequest
 from tests.conftest import read_account
 from tests.database.conftest import job_now, lease_now
@@ -102,6 +104,24 @@ def test_parallel_admissions_never_exceed_the_limit(
         thread.join()
     assert len(refused) == 8
     assert read_account(engine, account.id).reserved == 4 * 26
+
+
+def test_what_a_kill_left_of_a_job_without_a_video_is_deleted(
+    engine: Engine, store: LocalObjectStore, an_account: AnAccount, a_job: AJob
+) -> None:
+    account = an_account()
+    vain, good = a_job(account), a_job(account)
+    for job, ending in (
+        (vain, cancellation()),
+        (good, Ending(JobState.SUCCEEDED, "done", charge_work=True, video_key="k", size_bytes=1)),
+    ):
+        lease_now(engine)
+        settle_now(engine, store, job, WorkDone(), ending)
+        for rendition in Rendition:  # as if its pipeline had been killed right after the COMMIT
+            store.put(rendition_key(job.id, rendition), b"late")
+    Purger(engine, store).purge_unpublished()
+    left = {info.key for info in store.list("")}
+    assert left == {rendition_key(good.id, rendition) for rendition in Rendition}
 
 
 def test_a_video_that_was_published_in_vain_is_deleted(

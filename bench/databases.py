@@ -1,4 +1,4 @@
-"""A real PostgreSQL server for benchmarks and tests: TEST_DATABASE_URL, or one of our own."""
+"""Real databases for benchmarks and tests."""
 
 import contextlib
 import os
@@ -12,7 +12,10 @@ from sqlalchemy import make_url
 
 @contextlib.contextmanager
 def running_postgresql() -> Iterator[str]:
-    """The URL of a server with its shipped settings (fsync and synchronous_commit on)."""
+    """The URL of a server with its shipped settings (fsync and synchronous_commit on).
+
+    TEST_DATABASE_URL, or one of our own.
+    """
     if url := os.environ.get("TEST_DATABASE_URL"):
         yield url
         return
@@ -25,6 +28,13 @@ def running_postgresql() -> Iterator[str]:
             yield server.get_uri()
         finally:
             server.cleanup()
+
+
+@contextlib.contextmanager
+def fresh_sqlite() -> Iterator[str]:
+    """The URL of a database in a folder of its own that is removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="sqlite-") as folder:
+        yield f"sqlite:///{folder}/mutoscope.db"
 
 
 @contextlib.contextmanager
