@@ -1,25 +1,38 @@
 """Who is asking: the bearer key's account, read anew at every request."""
 
 import hmac
+from collections.abc import Mapping
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.security import HTTPBearer
 from sqlalchemy import Engine
 
 from credits.accounts import Account
-from credits.api_keys import Unauthenticated, account_of_key, hash_api_key, needs_note, note_use
+from credits.api_keys import (
+    KeyId,
+    Unauthenticated,
+    account_of_key,
+    hash_api_key,
+    needs_note,
+    note_use,
+)
+from credits.plans import Plan
+from credits.rates import Allowance, RateLimited, RequestRate, take_request
 from deployments.database import reader
 
 
 class Authenticator:
     """Holds no account's key in memory: one that is revoked is refused at once by every replica."""
 
-    def __init__(self, engine: Engine, pepper: bytes) -> None:
+    def __init__(
+        self, engine: Engine, pepper: bytes, rates: Mapping[Plan, RequestRate]
+    ) -> None:
         self.engine = engine
         self.pepper = pepper
+        self.rates = rates
 
     def __call__(self, request: Request) -> Account:
-        """The account of the bearer key, or Unauthenticated.
+        """The account of the bearer key, or Unauthenticated; RateLimited by its plan's rate.
 
         As a dependency of a router it comes before every fault of parameters.
         """
@@ -30,8 +43,18 @@ class Authenticator:
         if is_stale:
             with self.engine.begin() as connection:
                 note_use(connection, key.id)
+        if (rate := self.rates.get(account.plan)) is not None:
+            request.state.allowance = self._take(key.id, rate, request)
         request.state.account = account
         return account
+
+    def _take(self, key_id: KeyId, rate: RequestRate, request: Request) -> Allowance:
+        with self.engine.begin() as connection:
+            try:
+                return take_request(connection, key_id, rate)
+            except RateLimited as error:
+                request.state.allowance = error.allowance
+                raise
 
 
 def account_of(request: Request) -> Account:

@@ -66,6 +66,7 @@ def bind_chain(config: AppConfig) -> Application:
         plans=config.plans,
         weights=config.work_weights,
         limits=config.limits,
+        rates=config.request_rates,
     )
     return serve.deployment()(Ingress).bind(parts, pipeline)
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 from autoscaling.tiers import GpuTier, ServedOn
 from credits.plans import Plan, PlanTable
 from credits.pricing import PriceTable, WorkWeights
+from credits.rates import RequestRate
 
 
 class LocalConfig(BaseModel, frozen=True, extra="forbid"):
@@ -74,7 +75,10 @@ class LocalAccountConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 class AppConfig(BaseModel, frozen=True, extra="forbid"):
-    """`args` of the application in serve_config.yaml."""
+    """`args` of the application in serve_config.yaml.
+
+    request_rates: of each key of an account on that plan; a plan that is not named has no limit.
+    """
 
     database_url_env: str = "DATABASE_URL"
     storage: LocalConfig = LocalConfig()
@@ -83,6 +87,7 @@ class AppConfig(BaseModel, frozen=True, extra="forbid"):
     prices: PriceTable = PriceTable()
     work_weights: WorkWeights = WorkWeights()
     plans: PlanTable = PlanTable()
+    request_rates: dict[Plan, RequestRate] = {}
     limits: LimitsConfig = LimitsConfig()
     leases: LeaseConfig = LeaseConfig()
     local_account: LocalAccountConfig | None = None

@@ -1,5 +1,6 @@
 """One table from exception to HTTP answer; the class decides, its nearest ancestor if need be."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from credits.accounts import AccountDisabled, AccountNotFound
 from credits.api_keys import KeyNotFound, Unauthenticated
 from credits.ledger import AlreadySettled, InsufficientCredits
 from credits.plans import PlanForbids, StorageFull, TooManyJobs
+from credits.rates import RateLimited
 from deployments.origin import ForeignPackage
 from jobs.store import IdempotencyConflict, JobNotFound, LeaseLost
 from media.encode import MediaEncodingFailed
@@ -69,6 +71,7 @@ ANSWERS: dict[type[Exception], Answer] = {
     IdempotencyConflict: Answer(409, "invalid_request_error", "idempotency_conflict"),
     VideoNotReady: Answer(409, "invalid_request_error", "not_ready"),
     InputTooLarge: Answer(413, "invalid_request_error", "too_large"),
+    RateLimited: Answer(429, "rate_limit_error", "rate_limited"),
     TooManyJobs: Answer(429, "rate_limit_error", "too_many_jobs"),
     DataError: Answer(400, "invalid_request_error", "invalid_request"),
     StorageFull: Answer(507, "billing_error", "storage_full"),
@@ -111,6 +114,9 @@ async def _answer(_request: Request, error: Exception) -> JSONResponse:
         case TooManyJobs():
             # A client that sent the same again by itself would be answered with an older job.
             headers |= {"Retry-After": "5", "x-should-retry": "false"}
+        case RateLimited():
+            headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+            headers["retry-after-ms"] = str(math.ceil(1000 * error.retry_after_s))
         case StorageFull() | VideoNotReady() | IdempotencyConflict():
             headers["x-should-retry"] = "false"
     param = getattr(error, "param", "model" if isinstance(error, ModelNotFound) else None)

@@ -12,8 +12,9 @@ from fastapi.responses import JSONResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from credits.plans import PlanTable
+from credits.plans import Plan, PlanTable
 from credits.pricing import PriceTable, WorkWeights
+from credits.rates import RequestRate
 from deployments.admin_routes import AdminRoutes
 from deployments.admission import Admission, Offer
 from deployments.authentication import AdminAuthenticator, Authenticator
@@ -25,6 +26,7 @@ from deployments.errors import ANSWERS, envelope, install_error_handlers
 from deployments.key_routes import KeyRoutes
 from deployments.local_account import ensure_local_account
 from deployments.metrics import metrics_response
+from deployments.rate_headers import RateHeaders
 from deployments.video_routes import VideoRoutes, Waker
 from media.object_store import LocalObjectStore
 from models.request import InvalidRequest
@@ -43,6 +45,7 @@ class IngressParts:
     plans: PlanTable
     weights: WorkWeights
     limits: LimitsConfig
+    rates: dict[Plan, RequestRate]
 
 
 @serve.ingress()
@@ -72,7 +75,7 @@ def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
     if parts.local_account is not None:
         ensure_local_account(engine, parts.local_account, parts.home, pepper)
     admission = Admission(engine, parts.store, parts.offers, parts.prices, parts.plans)
-    authenticate = Authenticator(engine, pepper)
+    authenticate = Authenticator(engine, pepper, parts.rates)
     videos = VideoRoutes(
         engine, admission, parts.store, authenticate, parts.limits, parts.weights, wake
     )
@@ -91,6 +94,7 @@ def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
         engine.dispose()
 
     app = FastAPI(title="Mutoscope", version="0.1.0", lifespan=lifespan)
+    app.add_middleware(RateHeaders)
     app.add_middleware(BodyLimit, max_bytes=parts.limits.max_body_bytes)
     install_error_handlers(app)
     app.add_exception_handler(RequestValidationError, _answer_validation)

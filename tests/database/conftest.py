@@ -14,8 +14,9 @@ from starlette.testclient import TestClient
 
 from autoscaling.tiers import GpuTier, ServedOn
 from credits.accounts import Account
-from credits.plans import PlanTable
+from credits.plans import Plan, PlanTable
 from credits.pricing import PriceTable, WorkWeights
+from credits.rates import RequestRate
 from deployments.admission import Admission, Offer
 from deployments.config import LimitsConfig
 from deployments.database import reader
@@ -59,11 +60,18 @@ def store(tmp_path: Path) -> LocalObjectStore:
 
 
 @pytest.fixture
+def request_rates() -> dict[Plan, RequestRate]:
+    """No limits; a module of tests may say otherwise."""
+    return {}
+
+
+@pytest.fixture
 def door(
     engine: Engine,
     database_url: str,
     store: LocalObjectStore,
     model: Model,
+    request_rates: dict[Plan, RequestRate],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Door]:
@@ -80,6 +88,7 @@ def door(
         plans=PlanTable(),
         weights=WorkWeights(),
         limits=LimitsConfig(max_body_bytes=200_000, max_image_pixels=10_000),
+        rates=request_rates,
     )
     wakes: list[None] = []
     app = create_app(parts, lambda: wakes.append(None))
