@@ -55,6 +55,8 @@ def bind_chain(config: AppConfig) -> Application:
         config.tiers,
         config.leases,
         config.work_weights,
+        settings.home,
+        config.webhooks,
     )
     parts = IngressParts(
         home=settings.home,
@@ -67,6 +69,7 @@ def bind_chain(config: AppConfig) -> Application:
         weights=config.work_weights,
         limits=config.limits,
         rates=config.request_rates,
+        webhooks=config.webhooks,
     )
     return serve.deployment()(Ingress).bind(parts, pipeline)
 

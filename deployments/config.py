@@ -12,6 +12,8 @@ from autoscaling.tiers import GpuTier, ServedOn
 from credits.plans import Plan, PlanTable
 from credits.pricing import PriceTable, WorkWeights
 from credits.rates import RequestRate
+from deployments.url_guard import UrlGuardConfig
+from deployments.webhooks import WebhookConfig
 
 
 class LocalConfig(BaseModel, frozen=True, extra="forbid"):
@@ -90,6 +92,8 @@ class AppConfig(BaseModel, frozen=True, extra="forbid"):
     request_rates: dict[Plan, RequestRate] = {}
     limits: LimitsConfig = LimitsConfig()
     leases: LeaseConfig = LeaseConfig()
+    webhooks: WebhookConfig = WebhookConfig()
+    image_urls: UrlGuardConfig = UrlGuardConfig()
     local_account: LocalAccountConfig | None = None
 
     @model_validator(mode="after")
@@ -153,6 +157,7 @@ def home_folder() -> Path:
 
 def read_or_create_secret(path: Path, fresh: str) -> str:
     """The file's content; if there is none, write `fresh` into it, readable by its owner alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.unlink(missing_ok=True)
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -15,7 +15,9 @@ from credits.ledger import AlreadySettled, InsufficientCredits
 from credits.plans import PlanForbids, StorageFull, TooManyJobs
 from credits.rates import RateLimited
 from deployments.origin import ForeignPackage
+from deployments.url_guard import UrlRefused
 from jobs.store import IdempotencyConflict, JobNotFound, LeaseLost
+from jobs.webhooks import DeliveryNotFound, EndpointNotFound
 from media.encode import MediaEncodingFailed
 from media.object_store import ObjectNotFound
 from models.catalog import ModelNotFound, WeightsDamaged, WeightsMissing
@@ -59,6 +61,7 @@ STAGE_FAILED = Answer(500, "server_error", "stage_failed")
 
 ANSWERS: dict[type[Exception], Answer] = {
     InvalidRequest: Answer(400, "invalid_request_error", "invalid_request"),
+    UrlRefused: Answer(400, "invalid_request_error", "invalid_request"),
     Unauthenticated: Answer(401, "authentication_error", "unauthenticated"),
     InsufficientCredits: Answer(402, "billing_error", "insufficient_credits"),
     AccountDisabled: Answer(403, "permission_error", "account_disabled"),
@@ -66,6 +69,8 @@ ANSWERS: dict[type[Exception], Answer] = {
     ModelNotFound: Answer(404, "invalid_request_error", "model_not_found"),
     AccountNotFound: Answer(404, "invalid_request_error", "not_found"),
     KeyNotFound: Answer(404, "invalid_request_error", "not_found"),
+    EndpointNotFound: Answer(404, "invalid_request_error", "not_found"),
+    DeliveryNotFound: Answer(404, "invalid_request_error", "not_found"),
     JobNotFound: Answer(404, "invalid_request_error", "not_found"),
     ObjectNotFound: Answer(404, "invalid_request_error", "not_found"),
     IdempotencyConflict: Answer(409, "invalid_request_error", "idempotency_conflict"),

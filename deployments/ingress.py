@@ -28,6 +28,8 @@ from deployments.local_account import ensure_local_account
 from deployments.metrics import metrics_response
 from deployments.rate_headers import RateHeaders
 from deployments.video_routes import VideoRoutes, Waker
+from deployments.webhook_routes import WebhookRoutes
+from deployments.webhooks import WebhookConfig
 from media.object_store import LocalObjectStore
 from models.request import InvalidRequest
 
@@ -46,6 +48,7 @@ class IngressParts:
     weights: WorkWeights
     limits: LimitsConfig
     rates: dict[Plan, RequestRate]
+    webhooks: WebhookConfig
 
 
 @serve.ingress()
@@ -101,6 +104,7 @@ def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
     app.include_router(videos.router())
     app.include_router(CreditRoutes(engine, authenticate).router())
     app.include_router(KeyRoutes(engine, pepper, authenticate).router())
+    app.include_router(WebhookRoutes(engine, pepper, parts.webhooks, authenticate).router())
     app.include_router(admin.router())
     app.add_api_route("/metrics", lambda: metrics_response(engine), methods=["GET"])
     app.add_api_route("/healthz", lambda: {"status": "ok"}, methods=["GET"])

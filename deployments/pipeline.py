@@ -8,6 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ray.exceptions import ObjectLostError, RayActorError, WorkerCrashedError
@@ -16,13 +17,14 @@ from sqlalchemy.exc import OperationalError
 
 from credits.ledger import AlreadySettled
 from credits.pricing import WorkWeights
-from deployments.config import LeaseConfig, TierConfig
+from deployments.config import LeaseConfig, TierConfig, read_pepper
 from deployments.database import migrate, open_database, reader
 from deployments.errors import answer_for
 from deployments.expiry import expire_jobs
 from deployments.messages import Denoised, Encoded, Encoding, Published
 from deployments.purge import Purger
 from deployments.settlement import Ending, WorkDone, cancellation, settle
+from deployments.webhooks import WebhookConfig, WebhookSender
 from jobs.job import Job, JobId, JobState, Phase, Progress
 from jobs.store import LeaseLost, cancelled_of, extend_leases, lease, record
 from media.object_store import ObjectStore
@@ -54,6 +56,8 @@ class VideoPipeline:
         tiers: list[TierConfig],
         leases: LeaseConfig,
         weights: WorkWeights,
+        home: Path,
+        webhooks: WebhookConfig,
     ) -> None:
         self.engine = open_database(database_url)
         migrate(self.engine)
@@ -72,6 +76,9 @@ class VideoPipeline:
         self.tier_of: dict[JobId, str] = {}
         self.cancelled: set[JobId] = set()
         self.purger = Purger(self.engine, store)
+        self.webhooks = WebhookSender(
+            self.engine, read_pepper(home, database_url), webhooks
+        )
         self.wanted = asyncio.Event()
         self.cancel_wanted = asyncio.Event()
         self.loops = [
@@ -81,6 +88,7 @@ class VideoPipeline:
                 self._extend_leases(),
                 self._watch_cancellations(),
                 self._sweep(),
+                self.webhooks.run(self._try),
             )
         ]
 

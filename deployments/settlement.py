@@ -12,6 +12,7 @@ from credits.ledger import settle as settle_reservation
 from credits.pricing import Credits, Passes, WorkWeights, charge, share_done
 from jobs.job import Job, JobState, Outcome
 from jobs.store import LeaseLost, finish, request_cancel
+from jobs.webhooks import announce
 from media.object_store import ObjectStore
 from media.renditions import delete_renditions
 from models.request import VideoRequest
@@ -84,6 +85,7 @@ def settle(
     )
     with engine.begin() as connection:
         finish(connection, job.id, lease_owner=lease_owner, outcome=outcome)
+        announce(connection, job.id, ending.state)
         reservation_id = ReservationId(job.reservation_id)
         settle_reservation(connection, reservation_id, charged, expired=ending.expired)
     if job.request.get("start_image") is not None:

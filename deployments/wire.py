@@ -9,6 +9,7 @@ from credits.audit import AuditEntry
 from credits.ledger import LedgerEntry
 from deployments.estimate import Estimate
 from jobs.job import Job, JobEvent, JobState
+from jobs.webhooks import Delivery, Endpoint
 from models.catalog import Model
 from models.request import VideoRequest
 
@@ -216,6 +217,37 @@ def audit_json(entry: AuditEntry) -> dict[str, Any]:
         "action": entry.action,
         "account_id": entry.account_id,
         "details": entry.details,
+    }
+
+
+def endpoint_json(endpoint: Endpoint, secret: str, *, show: bool = False) -> dict[str, Any]:
+    """A webhook endpoint, its secret in full only if show."""
+    shown = {"signing_secret": secret} if show else {}
+    return {
+        "id": endpoint.id,
+        "object": "webhook_endpoint",
+        "name": endpoint.name,
+        "url": endpoint.url,
+        "event_types": endpoint.event_types,
+        "created_at": endpoint.created_at_ms // 1000,
+        "updated_at": endpoint.updated_at_ms // 1000,
+        "signing_secret_hint": f"{secret[:10]}...",
+        **shown,
+    }
+
+
+def delivery_json(delivery: Delivery) -> dict[str, Any]:
+    """What was, or is to be, told to a webhook endpoint."""
+    return {
+        "id": delivery.id,
+        "object": "webhook_delivery",
+        "webhook_endpoint_id": delivery.endpoint_id,
+        "video_id": delivery.job_id,
+        "type": delivery.event_type,
+        "state": delivery.state,
+        "attempts": delivery.attempts,
+        "last_error": delivery.last_error,
+        "created_at": delivery.created_at_ms // 1000,
     }
 
 

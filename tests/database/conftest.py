@@ -1,6 +1,7 @@
 """The ingress over a real database, without Ray."""
 
 import io
+from ipaddress import IPv4Network
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +22,19 @@ from deployments.admission import Admission, Offer
 from deployments.config import LimitsConfig
 from deployments.database import reader
 from deployments.ingress import IngressParts, create_app
+from deployments.url_guard import UrlGuardConfig
+from deployments.webhooks import WebhookConfig
 from jobs.job import Job
 from jobs.store import get_job, lease
 from media.object_store import LocalObjectStore
 from models.catalog import Model
 from models.request import VideoRequest
 from tests.conftest import ADMIN_KEY, PEPPER
+
+
+LOOPBACK = UrlGuardConfig(
+    allow_http=True, allowed_networks=(IPv4Network("127.0.0.0/8"),), timeout_s=5.0
+)
 
 
 @dataclass
@@ -89,6 +97,7 @@ def door(
         weights=WorkWeights(),
         limits=LimitsConfig(max_body_bytes=200_000, max_image_pixels=10_000),
         rates=request_rates,
+        webhooks=WebhookConfig(guard=LOOPBACK),
     )
     wakes: list[None] = []
     app = create_app(parts, lambda: wakes.append(None))
