@@ -124,6 +124,13 @@ def account_of_key(connection: Connection, key_hash: str) -> tuple[Account, ApiK
     return to_account(account), _to_key(row)
 
 
+def check_good(connection: Connection, key_id: KeyId) -> None:
+    """Unauthenticated if the key is good no longer."""
+    query = select(api_keys.c.id).where(api_keys.c.id == key_id, _is_good())
+    if connection.execute(query).first() is None:
+        raise Unauthenticated
+
+
 def is_known(connection: Connection, key_hash: str) -> bool:
     """Whether there is or ever was such a key."""
     query = select(api_keys.c.id).where(api_keys.c.key_hash == key_hash)

@@ -2,6 +2,7 @@
 
 import hmac
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.security import HTTPBearer
@@ -21,6 +22,15 @@ from credits.rates import Allowance, RateLimited, RequestRate, take_request
 from deployments.database import reader
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """An account, the key that speaks for it, and what is left of that key's rate, if it has one."""
+
+    account: Account
+    key_id: KeyId
+    allowance: Allowance | None
+
+
 class Authenticator:
     """Holds no account's key in memory: one that is revoked is refused at once by every replica."""
 
@@ -36,31 +46,40 @@ class Authenticator:
 
         As a dependency of a router it comes before every fault of parameters.
         """
-        key_hash = hash_api_key(bearer(request), self.pepper)
+        try:
+            caller = self.identify(bearer(request))
+        except RateLimited as error:
+            request.state.allowance = error.allowance
+            raise
+        request.state.caller = caller
+        request.state.allowance = caller.allowance
+        return caller.account
+
+    def identify(self, api_key: str) -> Caller:
+        """Who speaks with this key, which counts as one request; Unauthenticated, RateLimited."""
+        key_hash = hash_api_key(api_key, self.pepper)
         with reader(self.engine).begin() as connection:
             account, key = account_of_key(connection, key_hash)
             is_stale = needs_note(connection, key)
         if is_stale:
             with self.engine.begin() as connection:
                 note_use(connection, key.id)
+        allowance = None
         if (rate := self.rates.get(account.plan)) is not None:
-            request.state.allowance = self._take(key.id, rate, request)
-        request.state.account = account
-        return account
+            with self.engine.begin() as connection:
+                allowance = take_request(connection, key.id, rate)
+        return Caller(account, key.id, allowance)
 
-    def _take(self, key_id: KeyId, rate: RequestRate, request: Request) -> Allowance:
-        with self.engine.begin() as connection:
-            try:
-                return take_request(connection, key_id, rate)
-            except RateLimited as error:
-                request.state.allowance = error.allowance
-                raise
+
+def caller_of(request: Request) -> Caller:
+    """Whose request this is, on a route that depends on an Authenticator."""
+    caller: Caller = request.state.caller
+    return caller
 
 
 def account_of(request: Request) -> Account:
     """Whose request this is, on a route that depends on an Authenticator."""
-    account: Account = request.state.account
-    return account
+    return caller_of(request).account
 
 
 class AdminAuthenticator:

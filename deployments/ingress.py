@@ -26,7 +26,9 @@ from deployments.errors import ANSWERS, envelope, install_error_handlers
 from deployments.key_routes import KeyRoutes
 from deployments.local_account import ensure_local_account
 from deployments.metrics import metrics_response
+from deployments.progress import EventFeed
 from deployments.rate_headers import RateHeaders
+from deployments.live_progress import PATH, LiveProgress
 from deployments.video_routes import VideoRoutes, Waker
 from deployments.webhook_routes import WebhookRoutes
 from deployments.webhooks import WebhookConfig
@@ -79,8 +81,9 @@ def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
         ensure_local_account(engine, parts.local_account, parts.home, pepper)
     admission = Admission(engine, parts.store, parts.offers, parts.prices, parts.plans)
     authenticate = Authenticator(engine, pepper, parts.rates)
+    feed = EventFeed(engine)
     videos = VideoRoutes(
-        engine, admission, parts.store, authenticate, parts.limits, parts.weights, wake
+        engine, admission, parts.store, authenticate, parts.limits, parts.weights, wake, feed
     )
     admin = AdminRoutes(
         engine,
@@ -94,6 +97,7 @@ def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
+        await feed.listener.close()
         engine.dispose()
 
     app = FastAPI(title="Mutoscope", version="0.1.0", lifespan=lifespan)
@@ -106,6 +110,7 @@ def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
     app.include_router(KeyRoutes(engine, pepper, authenticate).router())
     app.include_router(WebhookRoutes(engine, pepper, parts.webhooks, authenticate).router())
     app.include_router(admin.router())
+    app.mount(PATH, LiveProgress(engine, feed, authenticate, videos.video_json).app())
     app.add_api_route("/metrics", lambda: metrics_response(engine), methods=["GET"])
     app.add_api_route("/healthz", lambda: {"status": "ok"}, methods=["GET"])
     return app

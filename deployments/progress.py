@@ -1,19 +1,22 @@
-"""A job's events as server-sent events: replayed from a sequence number, then live."""
+"""A job's events as they come: replayed from a sequence number, then live, to the final one."""
 
 import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Engine
 
+from credits.api_keys import KeyId, check_good
 from deployments.database import reader
+from deployments.listener import EventListener
 from deployments.wire import event_json
 from jobs.events import events_after
 from jobs.job import Job, JobEvent, JobState
 from jobs.store import JobNotFound, get_job
 
-POLL_S = 0.1
 KEEP_ALIVE_S = 10.0
 LAST_EVENTS = {
     JobState.SUCCEEDED: "completed",
@@ -22,38 +25,73 @@ LAST_EVENTS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """An event with its job as it then stood, or as it stands by now."""
+
+    event: JobEvent
+    job: Job
+
+    @property
+    def name(self) -> str:
+        """`progress`, or for the last one how the job ended."""
+        return "progress" if self.event.state is None else LAST_EVENTS[self.event.state]
+
+    def content(self, video: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
+        """What is sent of it; the last one carries the whole video."""
+        content = event_json(self.event, self.job)
+        return content if self.event.state is None else {**content, "video": video(self.job)}
+
+
+class EventFeed:
+    """Follows any job from its rows: whoever runs it, and whichever replica is asked."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.listener = EventListener(engine)
+
+    async def follow(
+        self, job: Job, after_seq: int, key_id: KeyId
+    ) -> AsyncIterator[Moment | None]:
+        """Yield each event behind after_seq, None where nothing is new, and end with the last.
+
+        Ends early when the owner deletes the video; Unauthenticated once the key is revoked.
+        """
+        async with self.listener.following(job.id) as happened:
+            while True:
+                happened.clear()
+                try:
+                    events, current = await asyncio.to_thread(self._read, job, after_seq, key_id)
+                except JobNotFound:
+                    return
+                for event in events:
+                    after_seq = event.seq
+                    yield Moment(event, current)
+                    if event.state is not None:
+                        return
+                if not events:
+                    if current.charged is not None:
+                        return  # the final event is not behind after_seq
+                    yield None
+                    await self.listener.wait(happened)
+
+    def _read(self, job: Job, after_seq: int, key_id: KeyId) -> tuple[list[JobEvent], Job]:
+        """All in one transaction, so that a final event never comes without its final job."""
+        with reader(self.engine).begin() as connection:
+            check_good(connection, key_id)
+            return events_after(connection, job.id, after_seq), get_job(connection, job.id)
+
+
 async def stream_events(
-    engine: Engine, job: Job, after_seq: int, to_json: Callable[[Job], dict[str, object]]
+    moments: AsyncIterator[Moment | None], video: Callable[[Job], dict[str, Any]]
 ) -> AsyncIterator[str]:
-    """Yield one text/event-stream block an event, to the final one, which carries the video."""
+    """One text/event-stream block a moment, and a comment where there has been none for long."""
     sent_s = time.monotonic()
-    while True:
-        try:
-            events, current = await asyncio.to_thread(_read, engine, job, after_seq)
-        except JobNotFound:
-            return  # its owner has deleted it meanwhile
-        for event in events:
-            after_seq = event.seq
+    async for moment in moments:
+        if moment is not None:
             sent_s = time.monotonic()
-            if event.state is None:
-                yield _block("progress", event.seq, event_json(event))
-            else:
-                content = {**event_json(event), "video": to_json(current)}
-                yield _block(LAST_EVENTS[event.state], event.seq, content)
-                return
-        if not events and current.charged is not None:
-            return  # the client has seen the final event already
-        if time.monotonic() - sent_s > KEEP_ALIVE_S:
+            data = json.dumps(moment.content(video))
+            yield f"id: {moment.event.seq}\nevent: {moment.name}\ndata: {data}\n\n"
+        elif time.monotonic() - sent_s > KEEP_ALIVE_S:
             sent_s = time.monotonic()
             yield ": waiting\n\n"
-        await asyncio.sleep(POLL_S)
-
-
-def _read(engine: Engine, job: Job, after_seq: int) -> tuple[list[JobEvent], Job]:
-    """Both in one transaction, so that a final event never comes without its final job."""
-    with reader(engine).begin() as connection:
-        return events_after(connection, job.id, after_seq), get_job(connection, job.id)
-
-
-def _block(event: str, seq: int, content: dict[str, object]) -> str:
-    return f"id: {seq}\nevent: {event}\ndata: {json.dumps(content)}\n\n"

@@ -9,14 +9,14 @@ from starlette.concurrency import run_in_threadpool
 
 from credits.pricing import WorkWeights
 from deployments.admission import Admission
-from deployments.authentication import Authenticator, account_of, keyed_router
+from deployments.authentication import Authenticator, account_of, caller_of, keyed_router
 from deployments.config import LimitsConfig
 from deployments.database import reader
 from deployments.errors import VideoNotReady
 from deployments.estimate import make_estimate
 from deployments.idempotency import read_attempt
 from deployments.paging import Page
-from deployments.progress import stream_events
+from deployments.progress import EventFeed, stream_events
 from deployments.request_body import read_create_body
 from deployments.settlement import cancel
 from deployments.wire import STATUSES, model_json, quote_json, video_json
@@ -76,6 +76,7 @@ class VideoRoutes:
         limits: LimitsConfig,
         weights: WorkWeights,
         wake: Waker,
+        feed: EventFeed,
     ) -> None:
         self.engine = engine
         self.admission = admission
@@ -84,6 +85,7 @@ class VideoRoutes:
         self.limits = limits
         self.weights = weights
         self.wake = wake
+        self.feed = feed
 
     def router(self) -> APIRouter:
         """All routes; each needs an API key."""
@@ -106,7 +108,7 @@ class VideoRoutes:
     async def create_video(self, request: Request) -> JSONResponse:
         """Queue a video; the answer is the Videos API's Video."""
         job = await self._admit(request)
-        return JSONResponse(self._video(job), headers={"openai-poll-after-ms": POLL_AFTER_MS})
+        return JSONResponse(self.video_json(job), headers={"openai-poll-after-ms": POLL_AFTER_MS})
 
     async def generate(self, request: Request) -> JSONResponse:
         """Queue a video; the answer, 202, is its job and its price."""
@@ -116,7 +118,7 @@ class VideoRoutes:
             "status": STATUSES[job.state],
             "quoted": job.quoted,
             "reservation_id": job.reservation_id,
-            "video": self._video(job),
+            "video": self.video_json(job),
         }
         return JSONResponse(content, 202)
 
@@ -139,13 +141,13 @@ class VideoRoutes:
                 limit=page.limit + 1,
                 ascending=page.ascending,
             )
-        return page.json([self._video(job) for job in found])
+        return page.json([self.video_json(job) for job in found])
 
     def get_video(self, request: Request, video_id: str) -> JSONResponse:
         """A video as it stands."""
         job = self._find(request, video_id)
         headers = {} if job.state in FINAL_STATES else {"openai-poll-after-ms": POLL_AFTER_MS}
-        return JSONResponse(self._video(job), headers=headers)
+        return JSONResponse(self.video_json(job), headers=headers)
 
     def delete_video(self, request: Request, video_id: str) -> dict[str, Any]:
         """Delete a finished video, or cancel one that is not.
@@ -191,7 +193,9 @@ class VideoRoutes:
         if not seq.isdecimal() or len(seq) > 9:
             raise InvalidRequest("Last-Event-ID", "Last-Event-ID must be a sequence number")
         return StreamingResponse(
-            stream_events(self.engine, job, int(seq), self._video),
+            stream_events(
+                self.feed.follow(job, int(seq), caller_of(request).key_id), self.video_json
+            ),
             media_type="text/event-stream",
             headers={"cache-control": "no-cache"},
         )
@@ -218,6 +222,7 @@ class VideoRoutes:
         with reader(self.engine).begin() as connection:
             return get_job(connection, video_id, account.id)
 
-    def _video(self, job: Job) -> dict[str, Any]:
+    def video_json(self, job: Job) -> dict[str, Any]:
+        """The Video object of a job."""
         offer = self.admission.offers.get(job.model)
         return video_json(job, None if offer is None else offer.model)

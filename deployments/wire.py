@@ -75,10 +75,16 @@ def generated_json(model: Model, request: VideoRequest) -> dict[str, Any]:
     return {"num_frames": frames, "size": f"{width}x{height}"}
 
 
-def event_json(event: JobEvent) -> dict[str, Any]:
-    """One moment of a job."""
+def event_json(event: JobEvent, job: Job) -> dict[str, Any]:
+    """One moment of a job; eta_s supposes that the rest goes on as fast as what is done."""
     progress = event.progress
+    eta_s = None
+    if event.state is None and progress.percentage > 0 and job.started_at_ms is not None:
+        elapsed_ms = event.created_at_ms - job.started_at_ms
+        eta_s = round(elapsed_ms * (100 - progress.percentage) / progress.percentage / 1000, 1)
+    url = {} if event.state is not JobState.SUCCEEDED else {"video_url": content_path(job.id)}
     return {
+        **url,
         "seq": event.seq,
         "phase": progress.phase,
         "percentage": progress.percentage,
@@ -86,8 +92,14 @@ def event_json(event: JobEvent) -> dict[str, Any]:
         "num_steps": progress.num_steps,
         "frame": progress.frame,
         "num_frames": progress.num_frames,
+        "eta_s": eta_s,
         "created_at_ms": event.created_at_ms,
     }
+
+
+def content_path(job_id: str) -> str:
+    """Where a finished video is downloaded."""
+    return f"/v1/videos/{job_id}/content"
 
 
 def model_json(model: Model) -> dict[str, Any]:

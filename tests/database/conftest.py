@@ -1,6 +1,9 @@
 """The ingress over a real database, without Ray."""
 
+import contextlib
 import io
+import threading
+import time
 from ipaddress import IPv4Network
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 from sqlalchemy import Engine
 from starlette.testclient import TestClient
@@ -74,24 +79,23 @@ def request_rates() -> dict[Plan, RequestRate]:
 
 
 @pytest.fixture
-def door(
-    engine: Engine,
+def parts(
     database_url: str,
     store: LocalObjectStore,
     model: Model,
     request_rates: dict[Plan, RequestRate],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Door]:
-    offers = {model.id: Offer(model, (ServedOn(tier=GpuTier.LOCAL),))}
+) -> IngressParts:
+    """What an ingress replica is made of."""
     monkeypatch.setenv("MUTOSCOPE_PEPPER", PEPPER.decode())
     monkeypatch.setenv("MUTOSCOPE_ADMIN_KEY", ADMIN_KEY)
-    parts = IngressParts(
+    return IngressParts(
         home=tmp_path,
         database_url=database_url,
         local_account=None,
         store=store,
-        offers=offers,
+        offers={model.id: Offer(model, (ServedOn(tier=GpuTier.LOCAL),))},
         prices=PriceTable(),
         plans=PlanTable(),
         weights=WorkWeights(),
@@ -99,11 +103,35 @@ def door(
         rates=request_rates,
         webhooks=WebhookConfig(guard=LOOPBACK),
     )
+
+
+@pytest.fixture
+def door(engine: Engine, parts: IngressParts) -> Iterator[Door]:
     wakes: list[None] = []
     app = create_app(parts, lambda: wakes.append(None))
     with TestClient(app, raise_server_exceptions=False) as client:
-        admission = Admission(engine, store, offers, PriceTable(), PlanTable())
-        yield Door(client, store, admission, wakes)
+        admission = Admission(engine, parts.store, parts.offers, parts.prices, parts.plans)
+        yield Door(client, parts.store, admission, wakes)
+
+
+@contextlib.contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """The URL of an application behind a real server."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def url(engine: Engine, parts: IngressParts) -> Iterator[str]:
+    """A replica of the door's on a port of its own."""
+    with served(create_app(parts, lambda: None)) as url:
+        yield url
 
 
 @pytest.fixture
