@@ -100,7 +100,7 @@ class World:
         with reader(self.observer).begin() as connection:
             found = get_account(connection, self.names[account])
         request = self.model.resolve({"prompt": "x", "num_frames": num_frames, "seed": 1})
-        self.admission.admit(found, request, None, Attempt(f"hash-{num_frames}", key))
+        self.admission.admit(found, request, attempt=Attempt(f"hash-{num_frames}", key))
 
     def lease(self, owner: int) -> None:
         """A pipeline takes the next job."""

@@ -56,7 +56,8 @@ class TooManyJobs(Exception):
 class PlanLimits(BaseModel, frozen=True, extra="forbid"):
     """max_frames counts frames after the first for 4k+1 models; sizes hold in either orientation.
 
-    priority: higher is leased first. image_to_video: whether a start image may be given.
+    priority: higher is leased first. image_to_video: whether a start image, or
+    a video to change or to go on from, may be given.
     max_stored_bytes: of the account's MP4s.
     """
 
@@ -112,7 +113,8 @@ def check_plan(plan: Plan, limits: PlanLimits, request: VideoRequest, frame_stri
         raise PlanForbids(plan, "model", f"the {plan} plan does not include video")
     if request.family not in limits.families:
         raise PlanForbids(plan, "model", f"the {plan} plan does not include {request.family}")
-    counted = request.num_frames - (1 if frame_stride > 1 else 0)
+    is_free = frame_stride > 1 or request.continues is not None  # the first frame, in both cases
+    counted = request.num_frames - is_free
     if counted > limits.max_frames:
         raise PlanForbids(plan, "num_frames", f"the {plan} plan allows {limits.max_frames} frames")
     long_side, area = max(request.width, request.height), request.width * request.height
@@ -123,7 +125,8 @@ def check_plan(plan: Plan, limits: PlanLimits, request: VideoRequest, frame_stri
             f"the {plan} plan allows {limits.max_area} pixels "
             f"and {limits.max_long_side} on the long side",
         )
-    if request.start_image is not None and not limits.image_to_video:
-        raise PlanForbids(
-            plan, "input_reference", f"the {plan} plan does not include image-to-video"
-        )
+    if request.stored_inputs and not limits.image_to_video:
+        param, kind = ("input_reference", "image-to-video")
+        if request.source_video is not None or request.continues is not None:
+            param, kind = ("video", "changing and extending videos")
+        raise PlanForbids(plan, param, f"the {plan} plan does not include {kind}")

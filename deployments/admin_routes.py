@@ -18,11 +18,11 @@ from credits.audit import list_audit, note
 from credits.ledger import grant
 from credits.pricing import Credits, WorkWeights
 from deployments.authentication import AdminAuthenticator, keyed_router
+from deployments.create_routes import Waker
 from deployments.database import reader
 from deployments.key_routes import issue_key
 from deployments.paging import Page
 from deployments.settlement import cancel
-from deployments.video_routes import Waker
 from deployments.wire import account_json, audit_json, job_json, key_json
 from deployments.wire_bodies import AccountBody, AccountChange, GrantBody, KeyBody
 from jobs.store import list_jobs, open_jobs

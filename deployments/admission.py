@@ -1,7 +1,9 @@
 """Admission: plan, quote, reservation and job in one transaction, or none of them."""
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
@@ -9,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from autoscaling.tiers import ServedOn, choose_tier
 from credits.accounts import Account, AccountDisabled
 from credits.ledger import new_reservation_id, reserve
-from credits.plans import PlanLimits, PlanTable, StorageFull, check_plan
+from credits.plans import PlanTable, StorageFull, check_plan
 from credits.pricing import PriceTable, Quote, quote
 from deployments.database import lock_until_commit, reader
 from deployments.idempotency import Attempt
@@ -19,6 +21,10 @@ from media.encode import estimate_bytes
 from media.object_store import ObjectStore
 from models.catalog import Model, ModelNotFound
 from models.request import VideoRequest
+
+# What a job reads besides its row, by the field of VideoRequest that names where it lies.
+Inputs = Mapping[str, bytes]
+NO_INPUTS: Inputs = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,68 +58,71 @@ class Admission:
         return quote(
             self.prices,
             request.family,
-            num_frames=request.num_frames,
+            num_frames=request.new_frames,
             width=request.width,
             height=request.height,
         )
+
+    def find_first(self, account: Account, attempt: Attempt) -> Job | None:
+        """The job that an earlier sending of the same request made; IdempotencyConflict."""
+        with reader(self.engine).begin() as connection:
+            return attempt.find_first(connection, account.id)
+
+    def check(self, account: Account, request: VideoRequest) -> str:
+        """The tier that would make it; AccountDisabled, PlanForbids, StorageFull."""
+        if account.disabled:
+            raise AccountDisabled(account.id)
+        offer = self.offer(request.model)
+        limits = self.plans.limits[account.plan]
+        check_plan(account.plan, limits, request, offer.model.frame_stride)
+        tier = choose_tier(offer.served_on, account.plan, request)
+        with reader(self.engine).begin() as connection:
+            used = stored_bytes(connection, account.id)
+        if used + _estimate_bytes(request) > limits.max_stored_bytes:
+            raise StorageFull(used, limits.max_stored_bytes)
+        return tier
 
     def admit(
         self,
         account: Account,
         request: VideoRequest,
-        start_image: bytes | None,
+        inputs: Inputs = NO_INPUTS,
         attempt: Attempt | None = None,
     ) -> Job:
-        """Refuse, or store the start image, reserve the price and queue the job.
+        """Refuse, or store the inputs, reserve the price and queue the job.
 
         An attempt that was made before is answered with the job that it made then.
         """
-        if attempt is not None and (first := self._find_first(account, attempt)) is not None:
+        if attempt is not None and (first := self.find_first(account, attempt)) is not None:
             return first
-        if account.disabled:
-            raise AccountDisabled(account.id)
-        offer = self.offer(request.model)
-        limits = self.plans.limits[account.plan]
         job_id = JobId(f"video_{uuid.uuid4().hex}")
-        if start_image is not None:
-            request = request.model_copy(update={"start_image": f"inputs/{job_id}"})
-        check_plan(account.plan, limits, request, offer.model.frame_stride)
-        tier = choose_tier(offer.served_on, account.plan, request)
-        price = self.quote(request)
-        self._check_storage(account, limits, request)
-        if start_image is not None:
-            self.store.put(f"inputs/{job_id}", start_image)
+        keys = {name: _input_key(job_id, name) for name in inputs}
+        request = request.model_copy(update=keys)
+        tier = self.check(account, request)
         try:
-            return self._enqueue(account, limits, job_id, request, price, tier, attempt)
+            for name, content in inputs.items():
+                self.store.put(keys[name], content)
+            return self._enqueue(account, job_id, request, tier, attempt)
         except BaseException as error:
-            self.store.delete(f"inputs/{job_id}")
+            for key in keys.values():
+                self.store.delete(key)
             # The same attempt, sent twice at once, has won meanwhile.
             if isinstance(error, IntegrityError) and attempt is not None:
-                first = self._find_first(account, attempt)
+                first = self.find_first(account, attempt)
                 if first is not None:
                     return first
             raise
 
-    def _check_storage(self, account: Account, limits: PlanLimits, request: VideoRequest) -> None:
-        with reader(self.engine).begin() as connection:
-            used = stored_bytes(connection, account.id)
-        if used + _estimate_bytes(request) > limits.max_stored_bytes:
-            raise StorageFull(used, limits.max_stored_bytes)
-
-    def _find_first(self, account: Account, attempt: Attempt) -> Job | None:
-        with reader(self.engine).begin() as connection:
-            return attempt.find_first(connection, account.id)
-
     def _enqueue(
         self,
         account: Account,
-        limits: PlanLimits,
         job_id: JobId,
         request: VideoRequest,
-        price: Quote,
         tier: str,
         attempt: Attempt | None,
     ) -> Job:
+        price = self.quote(request)
+        limits = self.plans.limits[account.plan]
         reservation_id = new_reservation_id()
         max_jobs = limits.max_jobs if account.max_jobs is None else account.max_jobs
         with self.engine.begin() as connection:
@@ -143,5 +152,9 @@ class Admission:
         return job
 
 
+def _input_key(job_id: JobId, name: str) -> str:
+    return f"inputs/{job_id}" if name == "start_image" else f"inputs/{job_id}.{name}"
+
+
 def _estimate_bytes(request: VideoRequest) -> int:
-    return estimate_bytes(request.num_frames, request.width, request.height)
+    return estimate_bytes(request.total_frames, request.width, request.height)

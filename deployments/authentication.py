@@ -24,7 +24,7 @@ from deployments.database import reader
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """An account, the key that speaks for it, and what is left of that key's rate, if it has one."""
+    """An account, the key that speaks for it, and what is left of its rate, if it has one."""
 
     account: Account
     key_id: KeyId
@@ -34,9 +34,7 @@ class Caller:
 class Authenticator:
     """Holds no account's key in memory: one that is revoked is refused at once by every replica."""
 
-    def __init__(
-        self, engine: Engine, pepper: bytes, rates: Mapping[Plan, RequestRate]
-    ) -> None:
+    def __init__(self, engine: Engine, pepper: bytes, rates: Mapping[Plan, RequestRate]) -> None:
         self.engine = engine
         self.pepper = pepper
         self.rates = rates

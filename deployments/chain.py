@@ -70,6 +70,7 @@ def bind_chain(config: AppConfig) -> Application:
         limits=config.limits,
         rates=config.request_rates,
         webhooks=config.webhooks,
+        image_urls=config.image_urls,
     )
     return serve.deployment()(Ingress).bind(parts, pipeline)
 

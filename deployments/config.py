@@ -14,6 +14,7 @@ from credits.pricing import PriceTable, WorkWeights
 from credits.rates import RequestRate
 from deployments.url_guard import UrlGuardConfig
 from deployments.webhooks import WebhookConfig
+from models.start_image import ImageLimits
 
 
 class LocalConfig(BaseModel, frozen=True, extra="forbid"):
@@ -47,11 +48,15 @@ class TierConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 class LimitsConfig(BaseModel, frozen=True, extra="forbid"):
-    """What a request may weigh, whatever its plan."""
+    """What a request may weigh, whatever its plan.
+
+    max_source_frames: of a video that is changed or gone on from. image: what decoding one takes.
+    """
 
     max_prompt_chars: int = Field(4000, ge=1)
     max_body_bytes: int = Field(24 << 20, ge=1024)
-    max_image_pixels: int = Field(24_000_000, ge=256)
+    max_source_frames: int = Field(1200, ge=1)
+    image: ImageLimits = ImageLimits()
 
 
 class LeaseConfig(BaseModel, frozen=True, extra="forbid"):

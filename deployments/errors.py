@@ -18,10 +18,11 @@ from deployments.origin import ForeignPackage
 from deployments.url_guard import UrlRefused
 from jobs.store import IdempotencyConflict, JobNotFound, LeaseLost
 from jobs.webhooks import DeliveryNotFound, EndpointNotFound
+from media.decode import VideoUnreadable
 from media.encode import MediaEncodingFailed
 from media.object_store import ObjectNotFound
 from models.catalog import ModelNotFound, WeightsDamaged, WeightsMissing
-from models.request import InvalidRequest
+from models.request import InvalidRequest, NotSupported
 from models.stages import FamilyNotBuilt
 
 
@@ -47,6 +48,17 @@ class VideoNotReady(Exception):
         return f"video {self.job_id} has no content: it is {self.state}"
 
 
+class VideoFailed(Exception):
+    """The video that was waited for has ended without content; code says why."""
+
+    def __init__(self, job_id: str, code: str, message: str) -> None:
+        super().__init__(job_id, code, message)
+        self.job_id, self.code, self.message = job_id, code, message
+
+    def __str__(self) -> str:
+        return f"{self.job_id}: {self.message}"
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """How an exception looks from outside."""
@@ -61,6 +73,8 @@ STAGE_FAILED = Answer(500, "server_error", "stage_failed")
 
 ANSWERS: dict[type[Exception], Answer] = {
     InvalidRequest: Answer(400, "invalid_request_error", "invalid_request"),
+    NotSupported: Answer(400, "invalid_request_error", "not_supported"),
+    VideoUnreadable: Answer(400, "invalid_request_error", "invalid_request"),
     UrlRefused: Answer(400, "invalid_request_error", "invalid_request"),
     Unauthenticated: Answer(401, "authentication_error", "unauthenticated"),
     InsufficientCredits: Answer(402, "billing_error", "insufficient_credits"),
@@ -84,6 +98,7 @@ ANSWERS: dict[type[Exception], Answer] = {
     LeaseLost: INTERNAL,
     ForeignPackage: INTERNAL,
     FamilyNotBuilt: STAGE_FAILED,
+    VideoFailed: STAGE_FAILED,
     MediaEncodingFailed: STAGE_FAILED,
     WeightsDamaged: STAGE_FAILED,
     WeightsMissing: STAGE_FAILED,
@@ -122,6 +137,9 @@ async def _answer(_request: Request, error: Exception) -> JSONResponse:
         case RateLimited():
             headers["Retry-After"] = str(math.ceil(error.retry_after_s))
             headers["retry-after-ms"] = str(math.ceil(1000 * error.retry_after_s))
+        case VideoFailed():
+            details = {"code": error.code}
+            headers["x-should-retry"] = "false"
         case StorageFull() | VideoNotReady() | IdempotencyConflict():
             headers["x-should-retry"] = "false"
     param = getattr(error, "param", "model" if isinstance(error, ModelNotFound) else None)

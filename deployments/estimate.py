@@ -56,7 +56,7 @@ def make_estimate(admission: Admission, body: CreateBody, limits: LimitsConfig) 
 
 def _of_deployed(admission: Admission, body: CreateBody, limits: LimitsConfig) -> Estimate:
     model = admission.offer(body.model).model
-    body = CreateBody(body.model, {"prompt": "-", **body.fields}, body.start_image)
+    body = CreateBody(body.model, {"prompt": "-", **body.fields})
     request = body.resolve(model, limits)
     width, height = model.generated_size(request.width, request.height)
     return Estimate(

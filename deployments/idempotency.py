@@ -37,15 +37,27 @@ class Attempt:
         return None
 
 
-def read_attempt(request: Request, body: CreateBody) -> Attempt:
-    """What the headers and the parsed fields say; InvalidRequest for a key that is no key."""
+def read_attempt(request: Request, body: CreateBody, about: str) -> Attempt:
+    """What the headers and the parsed fields say; InvalidRequest for a key that is no key.
+
+    about: what besides its fields makes a request another one: the kind, the video it is of.
+    """
     key = request.headers.get("idempotency-key")
     if key is not None and not (0 < len(key) <= MAX_KEY_CHARS and key.isprintable()):
         message = f"Idempotency-Key must be 1 to {MAX_KEY_CHARS} printable characters"
         raise InvalidRequest("Idempotency-Key", message)
-    image = None if body.start_image is None else hashlib.sha256(body.start_image).hexdigest()
-    said = json.dumps([body.model, body.fields, image], sort_keys=True, default=str)
+    files = [
+        _digest(body.image),
+        _digest(body.video),
+        None if body.crop is None else str(body.crop),
+    ]
+    said = json.dumps([about, body.model, body.fields, files], sort_keys=True, default=str)
     retries = request.headers.get("x-stainless-retry-count", "0")
     return Attempt(
         hashlib.sha256(said.encode()).hexdigest(), key, retries.isdecimal() and int(retries) >= 1
     )
+
+
+def _digest(content: bytes | str | None) -> str | None:
+    """A URL stands for itself: what it holds may have changed when the request is sent again."""
+    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else content

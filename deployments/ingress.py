@@ -20,16 +20,18 @@ from deployments.admission import Admission, Offer
 from deployments.authentication import AdminAuthenticator, Authenticator
 from deployments.body_limit import BodyLimit
 from deployments.config import LimitsConfig, LocalAccountConfig, read_admin_key, read_pepper
+from deployments.create_routes import CreateRoutes, Waker
 from deployments.credit_routes import CreditRoutes
 from deployments.database import migrate, open_database
 from deployments.errors import ANSWERS, envelope, install_error_handlers
 from deployments.key_routes import KeyRoutes
+from deployments.live_progress import PATH, LiveProgress
 from deployments.local_account import ensure_local_account
 from deployments.metrics import metrics_response
 from deployments.progress import EventFeed
 from deployments.rate_headers import RateHeaders
-from deployments.live_progress import PATH, LiveProgress
-from deployments.video_routes import VideoRoutes, Waker
+from deployments.url_guard import UrlGuardConfig
+from deployments.video_routes import VideoRoutes
 from deployments.webhook_routes import WebhookRoutes
 from deployments.webhooks import WebhookConfig
 from media.object_store import LocalObjectStore
@@ -51,6 +53,7 @@ class IngressParts:
     limits: LimitsConfig
     rates: dict[Plan, RequestRate]
     webhooks: WebhookConfig
+    image_urls: UrlGuardConfig
 
 
 @serve.ingress()
@@ -82,8 +85,16 @@ def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
     admission = Admission(engine, parts.store, parts.offers, parts.prices, parts.plans)
     authenticate = Authenticator(engine, pepper, parts.rates)
     feed = EventFeed(engine)
-    videos = VideoRoutes(
-        engine, admission, parts.store, authenticate, parts.limits, parts.weights, wake, feed
+    videos = VideoRoutes(engine, admission, parts.store, authenticate, parts.weights, wake, feed)
+    create = CreateRoutes(
+        engine,
+        admission,
+        parts.store,
+        authenticate,
+        parts.limits,
+        parts.image_urls,
+        wake,
+        feed,
     )
     admin = AdminRoutes(
         engine,
@@ -105,6 +116,7 @@ def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=parts.limits.max_body_bytes)
     install_error_handlers(app)
     app.add_exception_handler(RequestValidationError, _answer_validation)
+    app.include_router(create.router())
     app.include_router(videos.router())
     app.include_router(CreditRoutes(engine, authenticate).router())
     app.include_router(KeyRoutes(engine, pepper, authenticate).router())

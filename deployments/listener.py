@@ -1,7 +1,7 @@
 """Hears of new job events from PostgreSQL the moment they are committed.
 
-A trigger notifies the channel `job_events` with the job's id. SQLite has nothing of the kind; there,
-and while the connection is lost, whoever waits polls.
+A trigger notifies the channel `job_events` with the job's id. SQLite has nothing of the kind:
+there, and while the connection is lost, whoever waits polls.
 """
 
 import asyncio
@@ -60,7 +60,9 @@ class EventListener:
     async def _listen(self, url: str) -> None:
         while True:
             try:
-                async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+                async with await psycopg.AsyncConnection.connect(
+                    url, autocommit=True
+                ) as connection:
                     await connection.execute("LISTEN job_events")
                     self.is_listening = True
                     self._wake(list(self.waiting))  # of what was said before, nothing was heard

@@ -2,8 +2,8 @@
 
 Websocket transport alone: long polling would need every request of a client to reach the same
 replica. A client connects with `auth: {"token": KEY}` (or the Authorization header), then emits
-`subscribe {"video_id": ID, "after": SEQ}` and receives `progress`, and last `completed`, `failed` or
-`cancelled`.
+`subscribe {"video_id": ID, "after": SEQ}` and receives `progress`, and last `completed`, `failed`
+or `cancelled`.
 """
 
 import asyncio
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import socketio
-from sqlalchemy import Engine
 from socketio.exceptions import ConnectionRefusedError
+from sqlalchemy import Engine
 from starlette.concurrency import run_in_threadpool
 
 from credits.api_keys import KeyId, Unauthenticated

@@ -11,11 +11,13 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from deployments.messages import Denoised, Encoding, Published
+from media.decode import read_frames
 from media.encode import Mp4Encoder
 from media.object_store import ObjectStore
 from media.renditions import Rendition, rendition_key
 from media.stills import Stills
 from models.request import VideoRequest
+from models.tensors import Frames
 
 SCRATCH_S = 3600.0
 
@@ -45,21 +47,28 @@ class MediaEncoder:
         Only the reference in `denoised` passes through here; the decoder reads the latents.
         """
         key = rendition_key(job_id, Rendition.VIDEO)
-        stills = Stills(request.num_frames)
+        stills = Stills(request.total_frames)
         decode_s = media_s = 0.0
         frame = 0
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             path = Path(folder) / "video.mp4"
             size = {"width": request.width, "height": request.height}
             with Mp4Encoder(path, **size, fps=request.fps, threads=1) as encoder:
+                if request.continues is not None:
+                    source = Path(folder) / "source.mp4"
+                    source.write_bytes(self.store.get(request.continues))
+                    await asyncio.to_thread(_copy_frames, source, request, encoder, stills)
                 chunks = self.decoders[tier].remote(request, denoised.latents)
                 waiting_s = time.monotonic()
                 async for frames in chunks:
                     arrived_s = time.monotonic()
                     decode_s += arrived_s - waiting_s
+                    arrived = len(frames.pixels)
+                    if frame == 0 and request.continues is not None:
+                        frames = Frames(frames.pixels[1:], frames.fps)  # it is there already
                     await asyncio.to_thread(encoder.write, frames)
                     await asyncio.to_thread(stills.add, frames.pixels)
-                    frame += len(frames.pixels)
+                    frame += arrived
                     yield Encoding(frame, request.num_frames)
                     waiting_s = time.monotonic()
                     media_s += waiting_s - arrived_s
@@ -75,3 +84,16 @@ class MediaEncoder:
         """Before the video: where that is, its pictures are."""
         self.store.put(rendition_key(job_id, Rendition.THUMBNAIL), stills.thumbnail())
         self.store.put(rendition_key(job_id, Rendition.SPRITESHEET), stills.spritesheet())
+
+
+def _copy_frames(source: Path, request: VideoRequest, encoder: Mp4Encoder, stills: Stills) -> None:
+    """Write the frames that the video goes on from."""
+    for pixels in read_frames(
+        source,
+        width=request.width,
+        height=request.height,
+        fps=request.fps,
+        max_frames=request.continued_frames,
+    ):
+        encoder.write(Frames(pixels, request.fps))
+        stills.add(pixels)

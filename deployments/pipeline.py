@@ -76,9 +76,7 @@ class VideoPipeline:
         self.tier_of: dict[JobId, str] = {}
         self.cancelled: set[JobId] = set()
         self.purger = Purger(self.engine, store)
-        self.webhooks = WebhookSender(
-            self.engine, read_pepper(home, database_url), webhooks
-        )
+        self.webhooks = WebhookSender(self.engine, read_pepper(home, database_url), webhooks)
         self.wanted = asyncio.Event()
         self.cancel_wanted = asyncio.Event()
         self.loops = [
@@ -244,10 +242,12 @@ class VideoPipeline:
 
         await self._record(job, Phase.DENOISE, done, num_steps=request.num_steps)
         denoised: Denoised | None = None
+        num_made = 0  # a changed video's first steps are not made, and not charged
         steps = self.denoisers[job.tier].remote(request, encoded.conditioning)
         async with _cancelled_on_exit(steps):
             async for denoised in steps:
-                done.reach(denoise=denoised.step)
+                num_made += 1
+                done.reach(denoise=num_made)
                 await self._record(
                     job,
                     Phase.DENOISE,

@@ -50,9 +50,7 @@ class EventFeed:
         self.engine = engine
         self.listener = EventListener(engine)
 
-    async def follow(
-        self, job: Job, after_seq: int, key_id: KeyId
-    ) -> AsyncIterator[Moment | None]:
+    async def follow(self, job: Job, after_seq: int, key_id: KeyId) -> AsyncIterator[Moment | None]:
         """Yield each event behind after_seq, None where nothing is new, and end with the last.
 
         Ends early when the owner deletes the video; Unauthenticated once the key is revoked.

@@ -16,7 +16,7 @@ UNPUBLISHED_MS = 3_600_000
 
 
 class Purger:
-    """Deleted videos at once; what a kill left behind later: start images, unpublished videos."""
+    """Deleted videos at once; what a kill left behind later: inputs, unpublished videos."""
 
     def __init__(self, engine: Engine, store: ObjectStore) -> None:
         self.engine = engine
@@ -48,9 +48,9 @@ class Purger:
             delete_renditions(self.store, job_id)
 
     def purge_inputs(self) -> None:
-        """Delete start images without an open job.
+        """Delete start images and source videos without an open job.
 
-        An image is stored just before its job is: only what is seen in two rounds is an orphan.
+        One is stored just before its job is: only what is seen in two rounds is an orphan.
         """
         orphans = {info.key for info in self.store.list("inputs/") if self._is_orphan(info.key)}
         for key in orphans & self.suspects:
@@ -60,7 +60,7 @@ class Purger:
     def _is_orphan(self, key: str) -> bool:
         with reader(self.engine).begin() as connection:
             try:
-                job = get_job(connection, key.removeprefix("inputs/"))
+                job = get_job(connection, key.removeprefix("inputs/").partition(".")[0])
             except JobNotFound:
                 return True
         return job.state in FINAL_STATES

@@ -1,4 +1,4 @@
-"""Reads the body of a create request, JSON or multipart, into named fields and a start image."""
+"""Reads the body of a create request, JSON or multipart, into named fields and their files."""
 
 import base64
 import binascii
@@ -12,59 +12,33 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from deployments.config import LimitsConfig
+from deployments.request_fields import named_fields, nest_brackets, parse_json
 from models.catalog import Model
 from models.request import InvalidRequest, VideoRequest
-from models.start_image import check_start_image
+from models.start_image import CropBox
 
-ALIASES = {
-    "num_inference_steps": "num_steps",
-    "steps": "num_steps",
-    "numSteps": "num_steps",
-    "numFrames": "num_frames",
-    "fPatchSize": "f_patch_size",
-    "guidanceScale": "guidance_scale",
-    "negativePrompt": "negative_prompt",
-    "startImage": "input_reference",
-    "start_image": "input_reference",
-    "input_reference[image_url]": "input_reference",
-    "input_reference[]": "input_reference",
-}
-FIELDS = {
-    "prompt",
-    "negative_prompt",
-    "model",
-    "seconds",
-    "size",
-    "width",
-    "height",
-    "num_frames",
-    "fps",
-    "f_patch_size",
-    "num_steps",
-    "guidance_scale",
-    "seed",
-    "input_reference",
-}
 DATA_URL = re.compile(r"data:image/[a-z+.-]+;base64,(?P<content>.*)", re.DOTALL)
+WEB_URL = re.compile(r"https?://\S+")
+MAX_URL_CHARS = 2000
 
 
 @dataclass(frozen=True, slots=True)
 class CreateBody:
-    """The given fields under their own names, model and start image apart."""
+    """The given fields under their own names, model and files apart.
+
+    image: bytes, or the URL where they are. video: bytes, or the id of a video made here.
+    """
 
     model: str | None
     fields: dict[str, Any]
-    start_image: bytes | None
+    image: bytes | str | None = None
+    crop: CropBox | None = None
+    video: bytes | str | None = None
 
     def resolve(self, model: Model, limits: LimitsConfig) -> VideoRequest:
         """The complete request for a model; InvalidRequest names the faulty field."""
         _check_texts(self.fields, limits)
-        fields = self.with_size_and_frames(model.manifest.defaults.fps)
-        if self.start_image is not None:
-            check_start_image(
-                self.start_image, max_pixels=limits.max_image_pixels, param="input_reference"
-            )
-        return model.resolve(fields)
+        return model.resolve(self.with_size_and_frames(model.manifest.defaults.fps))
 
     def with_size_and_frames(self, default_fps: int) -> dict[str, Any]:
         """The fields, size as width and height, seconds as num_frames; InvalidRequest."""
@@ -81,26 +55,29 @@ class CreateBody:
         return fields
 
 
-async def read_create_body(request: Request) -> CreateBody:
-    """Parse the body; InvalidRequest for what is malformed or unknown."""
+async def read_create_body(request: Request, *, derived: bool = False) -> CreateBody:
+    """Parse the body; InvalidRequest for what is malformed or unknown.
+
+    derived: the request changes or goes on from a video.
+    """
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         given = await _read_form(request)
     else:
         given = await _read_json(request)
-    fields: dict[str, Any] = {}
-    for name, value in given.items():
-        field = ALIASES.get(name, name)
-        if field not in FIELDS:
-            raise InvalidRequest(name, f"unknown field {name!r}")
-        if field in fields:
-            raise InvalidRequest(name, f"{field} is given twice")
-        if value is not None:
-            fields[field] = value
+    fields = named_fields(given)
+    for name in () if derived else ("video", "strength"):
+        if name in fields:
+            raise InvalidRequest(name, f"{name} is a field of /v1/videos/edits and /extensions")
     model = fields.pop("model", None)
     if model is not None and not isinstance(model, str):
         raise InvalidRequest("model", "model must be a string")
-    start_image = _read_image(fields.pop("input_reference", None))
-    return CreateBody(model, fields, start_image)
+    return CreateBody(
+        model,
+        fields,
+        _read_image(fields.pop("input_reference", None)),
+        _read_crop(fields.pop("crop", None)),
+        _read_video(fields.pop("video", None)),
+    )
 
 
 async def _read_json(request: Request) -> dict[str, Any]:
@@ -114,52 +91,92 @@ async def _read_json(request: Request) -> dict[str, Any]:
 
 
 async def _read_form(request: Request) -> dict[str, Any]:
-    given: dict[str, Any] = {}
     try:
         async with request.form() as form:
-            for name, value in form.multi_items():
-                if name in given:
-                    raise InvalidRequest(name, f"{name} is given twice")
-                given[name] = await value.read() if isinstance(value, UploadFile) else value
+            items = [
+                (name, await value.read() if isinstance(value, UploadFile) else value)
+                for name, value in form.multi_items()
+            ]
     except HTTPException as error:
         raise InvalidRequest(None, f"malformed multipart body: {error.detail}") from error
-    return given
+    return nest_brackets(items)
 
 
-def _read_image(value: Any) -> bytes | None:
-    """The bytes of an uploaded file or of a data URL, also as {"image_url": ...}."""
+def _read_image(value: Any) -> bytes | str | None:
+    """The bytes of an uploaded file or of a data URL, or a URL; also as {"image_url": ...}."""
+    param = "input_reference"
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise InvalidRequest(param, f"{param} takes one image")
+        value = value[0]
+    if isinstance(value, str) and value.startswith("{"):
+        value = parse_json(param, value)
     if isinstance(value, dict):
         if set(value) != {"image_url"}:
-            raise InvalidRequest("input_reference", "input_reference takes only image_url")
+            raise InvalidRequest(param, f"{param} takes only image_url")
         value = value["image_url"]
     if value is None or isinstance(value, bytes):
         return value
+    if isinstance(value, str) and len(value) <= MAX_URL_CHARS and WEB_URL.fullmatch(value):
+        return value
     match = DATA_URL.fullmatch(value) if isinstance(value, str) else None
     if match is None:
-        raise InvalidRequest(
-            "input_reference", "input_reference must be a file or a base64 data URL of an image"
-        )
+        raise InvalidRequest(param, f"{param} must be a file, a URL or a data URL of an image")
     try:
         return base64.b64decode(match["content"], validate=True)
     except binascii.Error as error:
-        raise InvalidRequest("input_reference", "input_reference is not valid base64") from error
+        raise InvalidRequest(param, f"{param} is not valid base64") from error
+
+
+def _read_video(value: Any) -> bytes | str | None:
+    """An uploaded file, or the id of a video, also as {"id": ...}."""
+    if isinstance(value, str) and value.startswith("{"):
+        value = parse_json("video", value)
+    if isinstance(value, dict):
+        value = value.get("id") if set(value) == {"id"} else value
+    if value is None or isinstance(value, bytes):
+        return value
+    if not isinstance(value, str) or not 0 < len(value) <= 100 or "\x00" in value:
+        raise InvalidRequest("video", "video must be a file or the id of a video")
+    return value
+
+
+def _read_crop(value: Any) -> CropBox | None:
+    if value is None:
+        return None
+    box = parse_json("crop", value)
+    names = ("x", "y", "width", "height")
+    if not isinstance(box, dict) or set(box) != set(names):
+        raise InvalidRequest("crop", "crop must have x, y, width and height, in pixels")
+    for name, least in zip(names, (0, 0, 1, 1), strict=True):
+        if re.fullmatch(r"\d{1,6}", str(box[name])) is None or int(box[name]) < least:
+            raise InvalidRequest("crop", f"crop: {name} must be a whole number from {least}")
+    return CropBox(*(int(box[name]) for name in names))
 
 
 def _check_texts(fields: dict[str, Any], limits: LimitsConfig) -> None:
     if "prompt" not in fields:
         raise InvalidRequest("prompt", "prompt is required")
-    for name in ("prompt", "negative_prompt"):
-        text = fields.get(name, "")
-        if not isinstance(text, str):
-            raise InvalidRequest(name, f"{name} must be a string")
-        if "\x00" in text:
-            raise InvalidRequest(name, f"{name} must not contain NUL")
-        if any(0xD800 <= ord(character) < 0xE000 for character in text):
-            raise InvalidRequest(name, f"{name} is not valid Unicode")
-        if len(text) > limits.max_prompt_chars:
-            raise InvalidRequest(name, f"{name} is limited to {limits.max_prompt_chars} characters")
+    for name in ("prompt", "negative_prompt", "user"):
+        _check_text(name, fields.get(name, ""), limits)
+    tags = fields.get("tags", [])
+    if not isinstance(tags, list):
+        raise InvalidRequest("tags", "tags must be a list of strings")
+    for tag in tags:
+        _check_text("tags", tag, limits)
     if not fields["prompt"].strip():
         raise InvalidRequest("prompt", "prompt must not be empty")
+
+
+def _check_text(name: str, text: Any, limits: LimitsConfig) -> None:
+    if not isinstance(text, str):
+        raise InvalidRequest(name, f"{name} must be a string")
+    if "\x00" in text:
+        raise InvalidRequest(name, f"{name} must not contain NUL")
+    if any(0xD800 <= ord(character) < 0xE000 for character in text):
+        raise InvalidRequest(name, f"{name} is not valid Unicode")
+    if len(text) > limits.max_prompt_chars:
+        raise InvalidRequest(name, f"{name} is limited to {limits.max_prompt_chars} characters")
 
 
 def _parse_size(value: Any) -> tuple[int, int]:

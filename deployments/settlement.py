@@ -68,9 +68,10 @@ def settle(
     ending: Ending,
 ) -> Outcome:
     """Charge the work done, refund the rest, end the job; LeaseLost changes nothing."""
+    request = VideoRequest.model_validate(job.request)
     charged = Credits(0)
     if ending.charge_work:
-        share = done.share(VideoRequest.model_validate(job.request), weights)
+        share = done.share(request, weights)
         charged = charge(Fraction(job.quote_exact), Credits(job.quoted), share)
     outcome = Outcome(
         state=ending.state,
@@ -88,8 +89,8 @@ def settle(
         announce(connection, job.id, ending.state)
         reservation_id = ReservationId(job.reservation_id)
         settle_reservation(connection, reservation_id, charged, expired=ending.expired)
-    if job.request.get("start_image") is not None:
-        store.delete(job.request["start_image"])
+    for key in request.stored_inputs:
+        store.delete(key)
     if ending.video_key is None:
         delete_renditions(store, job.id)  # published, but cancelled or lost before the end
     return outcome

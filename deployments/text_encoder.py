@@ -1,10 +1,15 @@
 """The stage that turns words and start image into Conditioning."""
 
 import asyncio
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 
 from deployments.messages import Encoded
+from media.decode import read_all_frames
 from media.object_store import ObjectStore
 from models.catalog import Model
 from models.request import VideoRequest
@@ -30,9 +35,24 @@ class TextEncoder:
 
     def _encode(self, request: VideoRequest) -> Encoded:
         image = None if request.start_image is None else self.store.get(request.start_image)
-        conditioning = self.encoders[request.model].encode(request, image)
+        frames = None
+        if request.source_video is not None:
+            frames = self._read_frames(request, self.store.get(request.source_video))
+        conditioning = self.encoders[request.model].encode(request, image, frames)
         return Encoded(
             ray.put(conditioning),
             conditioning.num_tokens,
             self.models[request.model].manifest.max_text_tokens,
         )
+
+    def _read_frames(self, request: VideoRequest, content: bytes) -> NDArray[np.uint8]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "video"
+            path.write_bytes(content)
+            return read_all_frames(
+                path,
+                width=request.width,
+                height=request.height,
+                fps=request.fps,
+                max_frames=request.num_frames,
+            )

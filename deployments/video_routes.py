@@ -1,67 +1,26 @@
-"""The routes that make, show, stream and delete videos, and those that price them."""
+"""The routes that show, stream, download and delete videos, and list the models."""
 
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from sqlalchemy import Engine
-from starlette.concurrency import run_in_threadpool
 
 from credits.pricing import WorkWeights
 from deployments.admission import Admission
 from deployments.authentication import Authenticator, account_of, caller_of, keyed_router
-from deployments.config import LimitsConfig
+from deployments.create_routes import Waker
 from deployments.database import reader
 from deployments.errors import VideoNotReady
-from deployments.estimate import make_estimate
-from deployments.idempotency import read_attempt
 from deployments.paging import Page
 from deployments.progress import EventFeed, stream_events
-from deployments.request_body import read_create_body
 from deployments.settlement import cancel
-from deployments.wire import STATUSES, model_json, quote_json, video_json
+from deployments.wire import POLL_AFTER_MS, model_json, video_json
 from jobs.job import FINAL_STATES, Job, JobState
 from jobs.store import get_job, list_jobs, mark_deleted
 from media.object_store import LocalObjectStore
 from media.renditions import MEDIA_TYPES, SUFFIXES, Rendition, rendition_key
 from models.request import InvalidRequest
-
-POLL_AFTER_MS = "500"
-CREATE_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            kind: {
-                "schema": {
-                    "type": "object",
-                    "required": ["prompt"],
-                    "properties": {
-                        "prompt": {"type": "string"},
-                        "model": {"type": "string"},
-                        "seconds": {"type": "string"},
-                        "size": {"type": "string", "example": "64x64"},
-                        "num_frames": {"type": "integer"},
-                        "fps": {"type": "integer"},
-                        "f_patch_size": {"type": "integer"},
-                        "num_steps": {"type": "integer"},
-                        "guidance_scale": {"type": "number"},
-                        "negative_prompt": {"type": "string"},
-                        "seed": {"type": "integer"},
-                        "input_reference": {"type": "string", "format": "binary"},
-                    },
-                }
-            }
-            for kind in ("multipart/form-data", "application/json")
-        },
-    }
-}
-
-
-class Waker(Protocol):
-    """Tells the pipeline that there is something to do; losing the call only delays it."""
-
-    def __call__(self) -> None:
-        """Return at once."""
 
 
 class VideoRoutes:
@@ -73,7 +32,6 @@ class VideoRoutes:
         admission: Admission,
         store: LocalObjectStore,
         authenticate: Authenticator,
-        limits: LimitsConfig,
         weights: WorkWeights,
         wake: Waker,
         feed: EventFeed,
@@ -82,7 +40,6 @@ class VideoRoutes:
         self.admission = admission
         self.store = store
         self.authenticate = authenticate
-        self.limits = limits
         self.weights = weights
         self.wake = wake
         self.feed = feed
@@ -91,8 +48,6 @@ class VideoRoutes:
         """All routes; each needs an API key."""
         router = keyed_router(self.authenticate)
         add = router.add_api_route
-        body = CREATE_BODY
-        add("/v1/videos", self.create_video, methods=["POST"], openapi_extra=body)
         add("/v1/videos", self.list_videos, methods=["GET"])
         add("/v1/videos/{video_id}", self.get_video, methods=["GET"])
         add("/v1/videos/{video_id}", self.delete_video, methods=["DELETE"])
@@ -101,32 +56,7 @@ class VideoRoutes:
         add(content, self.get_content, methods=["HEAD"], include_in_schema=False)
         add("/v1/videos/{video_id}/events", self.get_events, methods=["GET"])
         add("/v1/models", self.list_models, methods=["GET"])
-        add("/api/v1/video/estimate", self.estimate, methods=["POST"], openapi_extra=body)
-        add("/api/v1/video/generate", self.generate, methods=["POST"], openapi_extra=body)
         return router
-
-    async def create_video(self, request: Request) -> JSONResponse:
-        """Queue a video; the answer is the Videos API's Video."""
-        job = await self._admit(request)
-        return JSONResponse(self.video_json(job), headers={"openai-poll-after-ms": POLL_AFTER_MS})
-
-    async def generate(self, request: Request) -> JSONResponse:
-        """Queue a video; the answer, 202, is its job and its price."""
-        job = await self._admit(request)
-        content = {
-            "job_id": job.id,
-            "status": STATUSES[job.state],
-            "quoted": job.quoted,
-            "reservation_id": job.reservation_id,
-            "video": self.video_json(job),
-        }
-        return JSONResponse(content, 202)
-
-    async def estimate(self, request: Request) -> dict[str, Any]:
-        """The price of a request that is not made, of any family that has a price."""
-        body = await read_create_body(request)
-        estimate = await run_in_threadpool(make_estimate, self.admission, body, self.limits)
-        return quote_json(estimate)
 
     def list_videos(
         self, request: Request, page: Annotated[Page, Depends()], after: str | None = None
@@ -204,18 +134,6 @@ class VideoRoutes:
         """The deployed models."""
         models = [model_json(offer.model) for offer in self.admission.offers.values()]
         return {"object": "list", "data": models}
-
-    async def _admit(self, request: Request) -> Job:
-        account = account_of(request)
-        body = await read_create_body(request)
-        model = self.admission.offer(body.model).model
-        resolved = await run_in_threadpool(body.resolve, model, self.limits)
-        attempt = read_attempt(request, body)
-        job = await run_in_threadpool(
-            self.admission.admit, account, resolved, body.start_image, attempt
-        )
-        self.wake()
-        return job
 
     def _find(self, request: Request, video_id: str) -> Job:
         account = account_of(request)

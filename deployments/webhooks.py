@@ -147,9 +147,7 @@ class WebhookSender:
 
     async def _send(self, delivery: Delivery, endpoint: Endpoint) -> str | None:
         """Why it was not taken, or None."""
-        body = event_body(
-            delivery.id, delivery.event_type, delivery.job_id, delivery.created_at_ms
-        )
+        body = event_body(delivery.id, delivery.event_type, delivery.job_id, delivery.created_at_ms)
         try:
             status = await send(self.config.guard, self.pepper, endpoint, delivery.id, body)
         except UrlRefused as error:

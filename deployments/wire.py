@@ -11,7 +11,7 @@ from deployments.estimate import Estimate
 from jobs.job import Job, JobEvent, JobState
 from jobs.webhooks import Delivery, Endpoint
 from models.catalog import Model
-from models.request import VideoRequest
+from models.request import ModelFamily, VideoRequest
 
 STATUSES = {
     JobState.QUEUED: "queued",
@@ -22,6 +22,9 @@ STATUSES = {
 }
 
 
+POLL_AFTER_MS = "500"
+MAX_ASPECT_CHANGE = 0.1
+MOTION_FAMILIES = (ModelFamily.SVD, ModelFamily.SVD_XT)
 ENTRY_COLUMNS = (
     "number", "created_at", "kind", "amount", "debit", "credit", "reservation_id", "video_id",
 )  # fmt: skip
@@ -47,25 +50,43 @@ def video_json(job: Job, model: Model | None) -> dict[str, Any]:
         "created_at": job.created_at_ms // 1000,
         "completed_at": _seconds(job.finished_at_ms),
         "expires_at": None,
-        "seconds": f"{request.num_frames / request.fps:g}",
+        "seconds": f"{request.total_frames / request.fps:g}",
         "size": f"{request.width}x{request.height}",
-        "remixed_from_video_id": None,
+        "remixed_from_video_id": request.remixed_from,
         "error": error,
         "state": job.state,
         **request.model_dump(
             include={"prompt", "negative_prompt", "num_frames", "fps", "f_patch_size"}
-            | {"num_steps", "guidance_scale", "seed"}
+            | {"num_steps", "guidance_scale", "flow_shift", "motion_strength", "strength"}
+            | {"seed", "tags", "user"}
         ),
+        "total_frames": request.total_frames,
         "image_to_video": request.start_image is not None,
         "quoted": job.quoted,
         "charged": job.charged,
         "refunded": job.refunded,
         "reason": job.reason,
         "stage_seconds": result.get("stage_seconds", {}),
-        "warnings": result.get("warnings", []),
+        "warnings": [*request_warnings(request), *result.get("warnings", [])],
         "size_bytes": job.size_bytes,
     }
     return video if model is None else {**video, "generated": generated_json(model, request)}
+
+
+def request_warnings(request: VideoRequest) -> list[str]:
+    """What of the request is done otherwise than its author may have thought."""
+    warnings = []
+    aspect = request.start_image_aspect
+    if aspect is not None:
+        change = aspect / (request.width / request.height)
+        if max(change, 1 / change) > 1 + MAX_ASPECT_CHANGE:
+            warnings.append(
+                f"the start image's aspect ({aspect:.2f}) differs from the video's "
+                f"({request.width / request.height:.2f}): its edges are cut off"
+            )
+    if request.motion_strength is not None and request.family not in MOTION_FAMILIES:
+        warnings.append(f"motion_strength has no effect on {request.family}")
+    return warnings
 
 
 def generated_json(model: Model, request: VideoRequest) -> dict[str, Any]:

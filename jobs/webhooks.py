@@ -245,9 +245,7 @@ def announce(connection: Connection, job_id: str, state: JobState) -> None:
     ]
     for values in deliveries:
         connection.execute(
-            insert(webhook_deliveries).values(
-                **values, next_at_ms=now_ms(), created_at_ms=now_ms()
-            )
+            insert(webhook_deliveries).values(**values, next_at_ms=now_ms(), created_at_ms=now_ms())
         )
 
 
@@ -269,9 +267,7 @@ def claim_delivery(connection: Connection, retry_after_ms: int) -> tuple[Deliver
     row = connection.execute(
         update(webhook_deliveries)
         .where(webhook_deliveries.c.number == due.scalar_subquery())
-        .values(
-            attempts=webhook_deliveries.c.attempts + 1, next_at_ms=now_ms() + retry_after_ms
-        )
+        .values(attempts=webhook_deliveries.c.attempts + 1, next_at_ms=now_ms() + retry_after_ms)
         .returning(*webhook_deliveries.c)
     ).first()
     if row is None:

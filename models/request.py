@@ -1,6 +1,7 @@
 """What a model is asked: one frozen request, complete enough to make the same video again."""
 
 from enum import StrEnum
+from typing import Annotated
 
 from pydantic import BaseModel, Field
 
@@ -26,11 +27,23 @@ class InvalidRequest(Exception):
         return self.message
 
 
+class NotSupported(Exception):
+    """A field or a route that the API knows and that nothing here does."""
+
+    def __init__(self, param: str | None, message: str) -> None:
+        super().__init__(param, message)
+        self.param, self.message = param, message
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class VideoRequest(BaseModel, frozen=True, extra="forbid"):
     """One video to make; every default is filled in, the seed too.
 
     num_frames, width and height are what was asked and is billed; the model may generate the next
-    size that it can and the result is trimmed. start_image is a key of the object store.
+    size that it can and the result is trimmed. start_image, source_video and continues are keys of
+    the object store.
     """
 
     model: str
@@ -45,4 +58,34 @@ class VideoRequest(BaseModel, frozen=True, extra="forbid"):
     num_steps: int = Field(ge=1, le=200)
     guidance_scale: float = Field(ge=0, le=20)
     seed: int = Field(ge=0, lt=2**63)
+    # How far the noise levels lean to the noisy end; None: as the checkpoint says.
+    flow_shift: float | None = Field(None, gt=0, le=100)
+    motion_strength: float | None = Field(None, ge=0, le=1)
     start_image: str | None = None
+    # Width over height of what the start image was fitted from.
+    start_image_aspect: float | None = None
+    # A video to change, and how much of it: the share of the denoising that is done anew.
+    source_video: str | None = None
+    strength: float | None = Field(None, gt=0, le=1)
+    # A video to go on from, and its frames; the start image is its last one.
+    continues: str | None = None
+    continued_frames: int = Field(0, ge=0)
+    remixed_from: str | None = None
+    tags: tuple[Annotated[str, Field(max_length=64)], ...] = Field((), max_length=16)
+    user: str | None = Field(None, max_length=256)
+
+    @property
+    def new_frames(self) -> int:
+        """The frames that are billed: not the one that a continuation begins from."""
+        return self.num_frames - (self.continues is not None)
+
+    @property
+    def total_frames(self) -> int:
+        """The frames of the finished video."""
+        return self.continued_frames + self.new_frames
+
+    @property
+    def stored_inputs(self) -> list[str]:
+        """The keys of what this request needs from the object store."""
+        keys = (self.start_image, self.source_video, self.continues)
+        return [key for key in keys if key is not None]

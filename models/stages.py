@@ -14,8 +14,13 @@ from models.tensors import Conditioning, DenoiseState, Frames
 class Encoder(Protocol):
     """Turns the words and the start image of a request into Conditioning."""
 
-    def encode(self, request: VideoRequest, start_image: bytes | None) -> Conditioning:
-        """start_image: the file's bytes, checked already."""
+    def encode(
+        self,
+        request: VideoRequest,
+        start_image: bytes | None,
+        source_frames: NDArray[np.uint8] | None = None,
+    ) -> Conditioning:
+        """start_image: a PNG of the frame's size; source_frames: uint8 [F, H, W, 3] of it."""
         ...
 
 
@@ -23,7 +28,7 @@ class Denoiser(Protocol):
     """Draws the noise, then removes it step by step."""
 
     def start(self, request: VideoRequest, conditioning: Conditioning) -> DenoiseState:
-        """Step 0: noise from the request's seed alone."""
+        """Step 0, noise from the request's seed alone; later if a source video is only changed."""
         ...
 
     def step(

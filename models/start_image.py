@@ -1,67 +1,105 @@
-"""Start images: checked at the door without trust, fitted to the frame before encoding."""
+"""Start images: decoded in a child process, fitted to the frame that was asked for."""
 
 import io
-import struct
-import warnings
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from pydantic import BaseModel, Field
 
 from models.request import InvalidRequest
 
-UNREADABLE = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-)
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+CHILD = Path(__file__).with_name("image_child.py")
 
 
-def check_start_image(content: bytes, *, max_pixels: int, param: str) -> tuple[int, int]:
-    """Width and height of a readable image; InvalidRequest naming param for anything else."""
-    try:
-        with warnings.catch_warnings():  # above 89 megapixels; the bound below is ours
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(content), formats=FORMATS)
-        with opened as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise InvalidRequest(
-                    param, f"{param}: {width}x{height} is more than {max_pixels} pixels"
-                )
-            image.load()
-    except UNREADABLE as error:
-        raise InvalidRequest(param, f"{param} is not an image that can be read") from error
-    return width, height
+class ImageLimits(BaseModel, frozen=True, extra="forbid"):
+    """What decoding one image may take; the child that exceeds it ends, and nothing else does."""
+
+    max_pixels: int = Field(24_000_000, ge=256)
+    max_memory_bytes: int = Field(1 << 30, ge=1 << 27)
+    max_cpu_s: int = Field(10, ge=1)
 
 
-def fit_start_image(
-    content: bytes, *, size: tuple[int, int], generated_size: tuple[int, int]
-) -> NDArray[np.float32]:
-    """float32 [3, H, W] in -1..1 at generated_size, both sizes as (width, height).
+@dataclass(frozen=True, slots=True)
+class StartImage:
+    """A PNG of just the frame's size, and width over height of what it was fitted from."""
 
-    The image covers the asked size (its middle is kept) and its edge repeats outwards up to the
-    generated size, so that the trim after decoding gives the image back.
+    png: bytes
+    aspect: float
+
+
+@dataclass(frozen=True, slots=True)
+class CropBox:
+    """The part of an image to use, in pixels from its left upper corner."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+def prepare_start_image(
+    content: bytes,
+    *,
+    size: tuple[int, int],
+    crop: CropBox | None,
+    limits: ImageLimits,
+    param: str,
+) -> StartImage:
+    """Decode, turn upright, crop, and cover `size` (width, height), keeping the middle.
+
+    InvalidRequest naming param, or crop, for what can't be read within the limits.
     """
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        pixels = image.convert("RGB")
-    scale = max(size[0] / pixels.width, size[1] / pixels.height)
-    covered = (size[0] / scale, size[1] / scale)
-    left, top = (pixels.width - covered[0]) / 2, (pixels.height - covered[1]) / 2
-    fitted = pixels.resize(
-        size, Image.Resampling.LANCZOS, box=(left, top, left + covered[0], top + covered[1])
-    )
-    extra_x, extra_y = generated_size[0] - size[0], generated_size[1] - size[1]
+    settings = {
+        **limits.model_dump(),
+        "size": size,
+        "crop": None if crop is None else [crop.x, crop.y, crop.width, crop.height],
+    }
+    # -I: the child imports nothing that lies where the server runs.
+    command = [sys.executable, "-I", str(CHILD), json.dumps(settings)]
+    try:
+        child = subprocess.run(
+            command, input=content, capture_output=True, timeout=3.0 * limits.max_cpu_s
+        )
+    except subprocess.TimeoutExpired as error:
+        raise InvalidRequest(param, f"{param} takes too long to read") from error
+    if child.returncode == 2:
+        fault = json.loads(child.stderr)
+        at_fault = "crop" if fault["crop"] else param
+        raise InvalidRequest(at_fault, f"{param} {fault['message']}")
+    if child.returncode != 0:  # killed by its limits, or out of memory
+        raise InvalidRequest(param, f"{param} takes more memory or time than an image may")
+    said, _, png = child.stdout.partition(b"\n")
+    found = json.loads(said)
+    return StartImage(png, found["width"] / found["height"])
+
+
+def pad_start_image(png: bytes, *, generated_size: tuple[int, int]) -> NDArray[np.float32]:
+    """A prepared image as float32 [3, H, W] in -1..1 at generated_size (width, height).
+
+    Its edge repeats outwards, so that the trim after decoding gives the image back.
+    """
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    return pad_frames(pixels[None], generated_size=generated_size)[:, 0]
+
+
+def pad_frames(
+    frames: NDArray[np.uint8], *, generated_size: tuple[int, int]
+) -> NDArray[np.float32]:
+    """uint8 [F, H, W, 3] -> float32 [3, F, H', W'] in -1..1, the edges repeated outwards."""
+    _, height, width, _ = frames.shape
+    extra_x, extra_y = generated_size[0] - width, generated_size[1] - height
     around = (
+        (0, 0),
         (extra_y // 2, extra_y - extra_y // 2),
         (extra_x // 2, extra_x - extra_x // 2),
         (0, 0),
     )
-    padded = np.pad(np.asarray(fitted), around, mode="edge")
-    return np.ascontiguousarray(padded.transpose(2, 0, 1), np.float32) / 127.5 - 1.0
+    padded = np.pad(frames, around, mode="edge")
+    return np.ascontiguousarray(padded.transpose(3, 0, 1, 2), np.float32) / 127.5 - 1.0

@@ -22,7 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from models.catalog import Model
 from models.request import VideoRequest
-from models.start_image import fit_start_image
+from models.start_image import pad_frames, pad_start_image
 from models.tensors import Conditioning, DenoiseState, Frames
 from models.weights import choose_device, choose_dtype, load_component
 
@@ -46,16 +46,27 @@ class ZImageVideoEncoder:
         self.vae.decoder = None
 
     @torch.inference_mode()
-    def encode(self, request: VideoRequest, start_image: bytes | None) -> Conditioning:
+    def encode(
+        self,
+        request: VideoRequest,
+        start_image: bytes | None,
+        source_frames: NDArray[np.uint8] | None = None,
+    ) -> Conditioning:
         """Guidance of 1 needs no negative text. Raises nothing of the user's making."""
         positive, num_tokens = self._encode_text(request.prompt)
         negative = None
         if request.guidance_scale != 1.0:
             negative, _ = self._encode_text(request.negative_prompt)
-        start_latents = None
+        generated_size = self.model.generated_size(request.width, request.height)
+        start_latents = source_latents = None
         if start_image is not None:
-            start_latents = self._encode_start_image(request, start_image)
-        return Conditioning(positive, negative, start_latents, num_tokens)
+            pixels = pad_start_image(start_image, generated_size=generated_size)
+            start_latents = self._encode_frames(pixels[:, None])
+        if source_frames is not None:
+            count = self.model.generated_frames(request.num_frames, request.f_patch_size)
+            frames = source_frames[np.minimum(np.arange(count), len(source_frames) - 1)]
+            source_latents = self._encode_frames(pad_frames(frames, generated_size=generated_size))
+        return Conditioning(positive, negative, start_latents, source_latents, num_tokens)
 
     def _encode_text(self, text: str) -> tuple[Any, int]:
         """float32 [N, D] without padding, and the number of tokens before truncation."""
@@ -70,16 +81,13 @@ class ZImageVideoEncoder:
         states = self.text_encoder(input_ids=kept, output_hidden_states=True).hidden_states[-2]
         return states[0].float().cpu().numpy(), len(token_ids)
 
-    def _encode_start_image(self, request: VideoRequest, start_image: bytes) -> Any:
-        size = (request.width, request.height)
-        pixels = fit_start_image(
-            start_image, size=size, generated_size=self.model.generated_size(*size)
-        )
-        # [3, H, W] -> [1, 3, 1, H, W]  a video of one frame: the VAE is causal
-        video = torch.from_numpy(pixels)[None, :, None].to(self.device, self.vae.dtype)
+    def _encode_frames(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[3, F, H, W] in -1..1 -> normalised latents [C, (F-1)/4+1, H/8, W/8]."""
+        video = torch.from_numpy(pixels)[None].to(self.device, self.vae.dtype)
         latents = self.vae.encode(video).latent_dist.mode().float()
         mean, deviation = _latent_statistics(self.vae)
-        return ((latents - mean) / deviation)[0].cpu().numpy()
+        normalised: NDArray[np.float32] = ((latents - mean) / deviation)[0].cpu().numpy()
+        return normalised
 
 
 class ZImageVideoDenoiser:
@@ -98,7 +106,11 @@ class ZImageVideoDenoiser:
 
     @torch.inference_mode()
     def start(self, request: VideoRequest, conditioning: Conditioning) -> DenoiseState:
-        """Noise at full shape from the seed alone, on the CPU: the same on every machine."""
+        """Noise at full shape from the seed alone, on the CPU: the same on every machine.
+
+        A source video is noised to the level at which the last `strength` of the steps begins
+        (SDEdit, arXiv:2108.01073); those before are not made.
+        """
         width, height = self.model.generated_size(request.width, request.height)
         frames = self.model.generated_frames(request.num_frames, request.f_patch_size)
         compression = self.model.size_multiple // PATCH_SIZE
@@ -111,15 +123,21 @@ class ZImageVideoDenoiser:
         )
         generator = torch.Generator("cpu").manual_seed(request.seed)
         noise = torch.randn(shape, generator=generator).to(self.device)
-        return DenoiseState(noise, step=0, num_steps=request.num_steps)
+        if conditioning.source_latents is None or request.strength is None:
+            return DenoiseState(noise, step=0, num_steps=request.num_steps)
+        # At least one step is made.
+        first = request.num_steps - max(1, round(request.num_steps * request.strength))
+        sigma = float(self._schedule(request).sigmas[first])
+        source = torch.tensor(conditioning.source_latents, device=self.device)[None]
+        mixed = (1.0 - sigma) * source + sigma * noise
+        return DenoiseState(mixed, step=first, num_steps=request.num_steps)
 
     @torch.inference_mode()
     def step(
         self, request: VideoRequest, conditioning: Conditioning, state: DenoiseState
     ) -> DenoiseState:
         """One Euler step; guidance runs both texts as one batch."""
-        scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(state.num_steps, device=self.device)
+        scheduler = self._schedule(request)
         scheduler.set_begin_index(state.step)
         timestep = scheduler.timesteps[state.step]
         latents = _hold_start_frame(state.latents, conditioning)
@@ -127,6 +145,13 @@ class ZImageVideoDenoiser:
         latents = scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
         latents = _hold_start_frame(latents, conditioning)
         return DenoiseState(latents, state.step + 1, state.num_steps)
+
+    def _schedule(self, request: VideoRequest) -> FlowMatchEulerDiscreteScheduler:
+        scheduler = copy.deepcopy(self.scheduler)
+        if request.flow_shift is not None:
+            scheduler.set_shift(request.flow_shift)
+        scheduler.set_timesteps(request.num_steps, device=self.device)
+        return scheduler
 
     def _predict(
         self, request: VideoRequest, conditioning: Conditioning, latents: Tensor, time: float

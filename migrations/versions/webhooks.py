@@ -29,9 +29,7 @@ def upgrade() -> None:
         "webhook_deliveries",
         sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
         sa.Column("id", sa.String, nullable=False, unique=True),
-        sa.Column(
-            "endpoint_id", sa.String, sa.ForeignKey("webhook_endpoints.id"), nullable=False
-        ),
+        sa.Column("endpoint_id", sa.String, sa.ForeignKey("webhook_endpoints.id"), nullable=False),
         sa.Column("job_id", sa.String, sa.ForeignKey("jobs.id"), nullable=False),
         sa.Column("event_type", sa.String, nullable=False),
         sa.Column("state", sa.String, nullable=False),
@@ -40,7 +38,5 @@ def upgrade() -> None:
         sa.Column("last_error", sa.String),
         sa.Column("created_at_ms", sa.BigInteger, nullable=False),
     )
-    op.create_index(
-        "ix_webhook_deliveries_endpoint_id", "webhook_deliveries", ["endpoint_id"]
-    )
+    op.create_index("ix_webhook_deliveries_endpoint_id", "webhook_deliveries", ["endpoint_id"])
     op.create_index("webhook_deliveries_due", "webhook_deliveries", ["state", "next_at_ms"])

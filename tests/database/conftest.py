@@ -4,9 +4,9 @@ import contextlib
 import io
 import threading
 import time
-from ipaddress import IPv4Network
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from jobs.store import get_job, lease
 from media.object_store import LocalObjectStore
 from models.catalog import Model
 from models.request import VideoRequest
+from models.start_image import ImageLimits
 from tests.conftest import ADMIN_KEY, PEPPER
-
 
 LOOPBACK = UrlGuardConfig(
     allow_http=True, allowed_networks=(IPv4Network("127.0.0.0/8"),), timeout_s=5.0
@@ -99,9 +99,14 @@ def parts(
         prices=PriceTable(),
         plans=PlanTable(),
         weights=WorkWeights(),
-        limits=LimitsConfig(max_body_bytes=200_000, max_image_pixels=10_000),
+        limits=LimitsConfig(
+            max_body_bytes=200_000,
+            max_source_frames=40,
+            image=ImageLimits(max_pixels=10_000),
+        ),
         rates=request_rates,
         webhooks=WebhookConfig(guard=LOOPBACK),
+        image_urls=LOOPBACK,
     )
 
 
@@ -144,7 +149,7 @@ def a_job(door: Door, a_request: Callable[..., VideoRequest]) -> Callable[..., J
     """Admits a job of an account."""
 
     def make(account: Account, **fields: Any) -> Job:
-        return door.admission.admit(account, a_request(**fields), None)
+        return door.admission.admit(account, a_request(**fields))
 
     return make
 

@@ -73,12 +73,8 @@ def advance(engine: Engine, job: Job, step: int) -> None:
 
 
 def end(engine: Engine, door: Door, job: Job) -> None:
-    ending = Ending(
-        JobState.SUCCEEDED, "done", charge_work=True, video_key=f"videos/{job.id}.mp4"
-    )
-    settle(
-        engine, door.store, WorkWeights(), job, lease_owner="me", done=WorkDone(), ending=ending
-    )
+    ending = Ending(JobState.SUCCEEDED, "done", charge_work=True, video_key=f"videos/{job.id}.mp4")
+    settle(engine, door.store, WorkWeights(), job, lease_owner="me", done=WorkDone(), ending=ending)
 
 
 def test_a_video_is_followed_from_the_first_event_to_the_last(

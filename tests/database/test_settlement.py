@@ -79,7 +79,7 @@ def test_admission_is_all_or_nothing(
     for _ in range(4):
         a_job(account)
     with pytest.raises(TooManyJobs):
-        door.admission.admit(account, a_request(), b"image")
+        door.admission.admit(account, a_request(), {"start_image": b"image"})
     now = read_account(engine, account.id)
     assert (now.available, now.reserved) == (1000 - 4 * 26, 4 * 26)
     assert list(door.store.list("")) == []

@@ -73,7 +73,7 @@ def official_client(door: Door, account_id: str) -> OpenAI:
     return OpenAI(
         base_url="http://testserver/v1",
         api_key=f"key-{account_id}",
-        http_client=door.client,  # type: ignore[arg-type]  # its own fork of httpx
+        http_client=door.client,
         max_retries=0,
     )
 
@@ -91,9 +91,7 @@ def end(engine: Engine, door: Door, state: JobState) -> str:
     assert job is not None
     key = f"videos/{job.id}.mp4" if state is JobState.SUCCEEDED else None
     ending = Ending(state, "over", charge_work=False, video_key=key)
-    settle(
-        engine, door.store, WorkWeights(), job, lease_owner="me", done=WorkDone(), ending=ending
-    )
+    settle(engine, door.store, WorkWeights(), job, lease_owner="me", done=WorkDone(), ending=ending)
     return job.id
 
 
@@ -196,8 +194,8 @@ def test_a_settlement_that_fails_announces_nothing(
     def fail(*arguments: object, **named: object) -> None:
         raise ConnectionError
 
-    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
-        patch.setattr("deployments.settlement.settle_reservation", fail)
+    monkeypatch.setattr("deployments.settlement.settle_reservation", fail)
+    with pytest.raises(ConnectionError):
         end(engine, door, JobState.SUCCEEDED)
     assert deliver_all(sender) == 0
 

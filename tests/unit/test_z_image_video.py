@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,12 +181,48 @@ def test_the_start_frame_is_held_through_every_step(
         np.testing.assert_array_equal(state.latents[0, :, :1].numpy(), conditioning.start_latents)
 
 
-def test_the_start_image_is_fitted_to_the_generated_size(
+def test_the_start_image_is_padded_to_the_generated_size(
     encoder: ZImageVideoEncoder, a_request: ARequest
 ) -> None:
-    conditioning = encoder.encode(a_request(width=50, height=34), png(200, 90))
+    conditioning = encoder.encode(a_request(width=50, height=34), png(50, 34))
     assert conditioning.start_latents is not None
     assert conditioning.start_latents.shape == (8, 1, 6, 8)
+
+
+def test_a_source_video_is_noised_as_far_as_strength_says(
+    encoder: ZImageVideoEncoder, denoiser: ZImageVideoDenoiser, a_request: ARequest
+) -> None:
+    frames = np.random.default_rng(1).integers(0, 255, (9, 64, 64, 3), np.uint8)
+    request = a_request(num_steps=10)
+    conditioning = encoder.encode(request, None, frames)
+    assert conditioning.source_latents is not None
+    assert conditioning.source_latents.shape == (8, 4, 8, 8)  # 13 frames: the last is repeated
+    noise = denoiser.start(request, encoder.encode(request, None)).latents[0].numpy()
+    distances = []
+    for strength, num_steps in ((1.0, 10), (0.5, 5), (0.01, 1)):
+        changed = request.model_copy(update={"strength": strength})
+        state = denoiser.start(changed, conditioning)
+        assert (state.step, state.num_steps) == (10 - num_steps, 10)
+        assert len(list(denoise(denoiser, changed, conditioning))) == num_steps
+        distances.append(np.abs(state.latents[0].numpy() - conditioning.source_latents).mean())
+        if strength == 1.0:
+            np.testing.assert_allclose(state.latents[0].numpy(), noise, atol=1e-6)
+    assert distances == sorted(distances, reverse=True)
+    assert distances[2] < distances[0] / 2
+
+
+def test_flow_shift_moves_the_noise_levels(
+    encoder: ZImageVideoEncoder, denoiser: ZImageVideoDenoiser, a_request: ARequest
+) -> None:
+    conditioning = encoder.encode(a_request(), None)
+
+    def last(**fields: Any) -> Any:
+        *_, state = denoise(denoiser, a_request(**fields), conditioning)
+        return state.latents.numpy()
+
+    as_shipped = float(denoiser.scheduler.config.shift)
+    np.testing.assert_array_equal(last(), last(flow_shift=as_shipped))
+    assert np.abs(last() - last(flow_shift=1.0)).max() > 0
 
 
 def test_a_checkpoint_without_a_parameter_is_refused(model: Model, tmp_path: Path) -> None:

@@ -1,0 +1,271 @@
+"""The routes that make videos: from words, from an image, from another video; and their price."""
+
+from dataclasses import replace
+from typing import Any, Protocol
+
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, JSONResponse
+from sqlalchemy import Engine
+from starlette.concurrency import run_in_threadpool
+
+from deployments.admission import Admission, Inputs
+from deployments.authentication import Authenticator, account_of, caller_of, keyed_router
+from deployments.config import LimitsConfig
+from deployments.database import reader
+from deployments.errors import VideoFailed, VideoNotReady
+from deployments.estimate import make_estimate
+from deployments.idempotency import read_attempt
+from deployments.openapi import CREATE_BODY, DERIVE_BODY, REMIX_BODY
+from deployments.progress import EventFeed
+from deployments.request_body import CreateBody, read_create_body
+from deployments.source_video import SourceVideo, find_source, read_source
+from deployments.url_guard import UrlGuardConfig, UrlRefused, fetch
+from deployments.wire import POLL_AFTER_MS, STATUSES, quote_json, video_json
+from jobs.job import Job, JobState
+from jobs.store import get_job
+from media.object_store import LocalObjectStore
+from models.catalog import Model
+from models.request import InvalidRequest, NotSupported, VideoRequest
+from models.start_image import prepare_start_image
+
+# What a remix keeps of the request that it is made from.
+REMIXED = (
+    "prompt", "negative_prompt", "num_frames", "width", "height", "fps", "f_patch_size",
+    "num_steps", "guidance_scale", "flow_shift", "motion_strength", "seed",
+)  # fmt: skip
+EDIT_STRENGTH = 0.6
+PENDING = "inputs/pending"
+
+
+class Waker(Protocol):
+    """Tells the pipeline that there is something to do; losing the call only delays it."""
+
+    def __call__(self) -> None:
+        """Return at once."""
+
+
+class CreateRoutes:
+    """Every way to a new job leads through one admission."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        admission: Admission,
+        store: LocalObjectStore,
+        authenticate: Authenticator,
+        limits: LimitsConfig,
+        image_urls: UrlGuardConfig,
+        wake: Waker,
+        feed: EventFeed,
+    ) -> None:
+        self.engine = engine
+        self.admission = admission
+        self.store = store
+        self.authenticate = authenticate
+        self.limits = limits
+        self.image_urls = image_urls
+        self.wake = wake
+        self.feed = feed
+
+    def router(self) -> APIRouter:
+        """All routes; each needs an API key."""
+        router = keyed_router(self.authenticate)
+
+        def add(path: str, route: Any, body: dict[str, Any], status: int = 200) -> None:
+            router.add_api_route(
+                path, route, methods=["POST"], openapi_extra=body, status_code=status
+            )
+
+        add("/v1/videos", self.create, CREATE_BODY)
+        add("/v1/videos/sync", self.create_and_wait, CREATE_BODY)
+        add("/v1/videos/edits", self.edit, DERIVE_BODY)
+        add("/v1/videos/extensions", self.extend, DERIVE_BODY)
+        add("/v1/videos/{video_id}/remix", self.remix, REMIX_BODY)
+        add("/api/v1/video/estimate", self.estimate, CREATE_BODY)
+        add("/api/v1/video/generate", self.generate, CREATE_BODY, 202)
+        characters = "/v1/videos/characters"
+        router.add_api_route(characters, self.refuse_characters, methods=["POST"])
+        router.add_api_route(f"{characters}/{{name}}", self.refuse_characters, methods=["GET"])
+        return router
+
+    async def create(self, request: Request) -> JSONResponse:
+        """Queue a video; the answer is the Videos API's Video."""
+        return self._answer(await self._create(request))
+
+    async def generate(self, request: Request) -> JSONResponse:
+        """Queue a video; the answer, 202, is its job and its price."""
+        job = await self._create(request)
+        content = {
+            "job_id": job.id,
+            "status": STATUSES[job.state],
+            "quoted": job.quoted,
+            "reservation_id": job.reservation_id,
+            "video": self._video(job),
+        }
+        return JSONResponse(content, 202)
+
+    async def create_and_wait(self, request: Request) -> FileResponse:
+        """Queue a video and answer with its MP4 once it is there; VideoFailed if it never will be.
+
+        A client that leaves meanwhile finds the job in its list; sent again, the request finds it
+        too.
+        """
+        job = await self._create(request)
+        async for moment in self.feed.follow(job, 0, caller_of(request).key_id):
+            job = job if moment is None else moment.job
+        if job.state is not JobState.SUCCEEDED or job.video_key is None:
+            raise VideoFailed(job.id, job.error_code or "deleted", job.error_message or "deleted")
+        return FileResponse(
+            self.store.path(job.video_key),
+            media_type="video/mp4",
+            filename=f"{job.id}.mp4",
+            headers={"x-video-id": job.id, "x-model": job.model, "x-charged": str(job.charged)},
+        )
+
+    async def estimate(self, request: Request) -> dict[str, Any]:
+        """The price of a request that is not made, of any family that has a price."""
+        body = await read_create_body(request)
+        estimate = await run_in_threadpool(make_estimate, self.admission, body, self.limits)
+        return quote_json(estimate)
+
+    async def remix(self, request: Request, video_id: str) -> JSONResponse:
+        """The same video with other words: its settings and its seed, unless they are given."""
+        body = await read_create_body(request)
+        job = await run_in_threadpool(self._find, video_id, account_of(request).id)
+        former = VideoRequest.model_validate(job.request)
+        if former.source_video is not None or former.continues is not None:
+            raise NotSupported("video_id", "edited and extended videos cannot be remixed")
+        if former.start_image is not None and body.image is None:  # its file is gone by now
+            source = await self._read_source(job.id, account_of(request).id)
+            body = replace(body, image=source.first_frame)
+        kept = {name: getattr(former, name) for name in REMIXED}
+        if "size" in body.fields:
+            del kept["width"], kept["height"]
+        if "seconds" in body.fields:
+            del kept["num_frames"]
+        if "prompt" not in body.fields:
+            raise InvalidRequest("prompt", "prompt is required")
+        body = replace(body, model=job.model, fields={**kept, **body.fields})
+        resolved, model = await self._resolve(body)
+        resolved = resolved.model_copy(update={"remixed_from": job.id})
+        about = f"remix {job.id}"
+        return self._answer(await self._admit(request, body, model, resolved, {}, about))
+
+    async def edit(self, request: Request) -> JSONResponse:
+        """Change a video towards new words; strength says how much of it is made anew."""
+        body = await read_create_body(request, derived=True)
+        source = await self._read_source(body.video, account_of(request).id)
+        fields = {
+            "strength": EDIT_STRENGTH,
+            "fps": source.shape.fps,
+            **self._size_of(source, body),
+            **({} if "seconds" in body.fields else {"num_frames": source.num_frames}),
+            **body.fields,
+        }
+        body = replace(body, fields=fields)
+        resolved, model = await self._resolve(body)
+        inputs = {"source_video": source.content}
+        return self._answer(await self._admit(request, body, model, resolved, inputs, "edit"))
+
+    async def extend(self, request: Request) -> JSONResponse:
+        """Go on from a video's last frame; the result is both, one after the other."""
+        body = await read_create_body(request, derived=True)
+        for name in ("strength", "size", "width", "height", "fps", "input_reference"):
+            if name in body.fields or (name == "input_reference" and body.image is not None):
+                raise InvalidRequest(name, f"{name}: an extension is as the video that it extends")
+        source = await self._read_source(body.video, account_of(request).id)
+        model = self.admission.offer(body.model).model
+        fields = {"fps": source.shape.fps, **self._size_of(source, body), **body.fields}
+        fields = replace(body, fields=fields).with_size_and_frames(source.shape.fps)
+        asked = fields.get("num_frames", model.manifest.defaults.num_frames)
+        if not str(asked).isdecimal() or int(asked) < 1:
+            raise InvalidRequest("num_frames", "num_frames must be a whole number above 0")
+        fields["num_frames"] = int(asked) + 1  # the one that it begins from is there already
+        body = replace(body, fields=fields, image=source.last_frame)
+        resolved, model = await self._resolve(body)
+        resolved = resolved.model_copy(update={"continued_frames": source.num_frames})
+        if resolved.total_frames > self.limits.max_source_frames:
+            message = f"an extended video has at most {self.limits.max_source_frames} frames"
+            raise InvalidRequest("video", message)
+        inputs = {"continues": source.content}
+        return self._answer(await self._admit(request, body, model, resolved, inputs, "extend"))
+
+    async def refuse_characters(self) -> None:
+        """The API has characters; no model here does."""
+        raise NotSupported(None, "characters are not supported by any model here")
+
+    async def _create(self, request: Request) -> Job:
+        body = await read_create_body(request)
+        resolved, model = await self._resolve(body)
+        return await self._admit(request, body, model, resolved, {}, "create")
+
+    async def _resolve(self, body: CreateBody) -> tuple[VideoRequest, Model]:
+        model = self.admission.offer(body.model).model
+        return await run_in_threadpool(body.resolve, model, self.limits), model
+
+    async def _admit(
+        self,
+        request: Request,
+        body: CreateBody,
+        model: Model,
+        resolved: VideoRequest,
+        inputs: Inputs,
+        about: str,
+    ) -> Job:
+        """Refuse what can be refused before an image is fetched and decoded, then admit."""
+        account = account_of(request)
+        attempt = read_attempt(request, body, about)
+        first = await run_in_threadpool(self.admission.find_first, account, attempt)
+        if first is not None:
+            return first
+        named = [*inputs, *([] if body.image is None else ["start_image"])]
+        pending = resolved.model_copy(update=dict.fromkeys(named, PENDING))
+        await run_in_threadpool(self.admission.check, account, pending)
+        if body.image is not None:
+            content = await self._read_image(body.image)
+            image = await run_in_threadpool(
+                prepare_start_image,
+                content,
+                size=(resolved.width, resolved.height),
+                crop=body.crop,
+                limits=self.limits.image,
+                param="input_reference",
+            )
+            resolved = resolved.model_copy(update={"start_image_aspect": image.aspect})
+            inputs = {**inputs, "start_image": image.png}
+        elif body.crop is not None:
+            raise InvalidRequest("crop", "crop is of a start image, and there is none")
+        job = await run_in_threadpool(self.admission.admit, account, resolved, inputs, attempt)
+        self.wake()
+        return job
+
+    async def _read_image(self, image: bytes | str) -> bytes:
+        if isinstance(image, bytes):
+            return image
+        try:
+            return await fetch(image, self.image_urls, self.limits.max_body_bytes)
+        except UrlRefused as error:
+            raise InvalidRequest("input_reference", f"input_reference: {error}") from error
+
+    async def _read_source(self, video: bytes | str | None, account_id: str) -> SourceVideo:
+        content = await run_in_threadpool(find_source, self.engine, self.store, account_id, video)
+        return await run_in_threadpool(read_source, content, self.limits)
+
+    def _size_of(self, source: SourceVideo, body: CreateBody) -> dict[str, int]:
+        if "size" in body.fields:
+            return {}
+        return {"width": source.shape.width, "height": source.shape.height}
+
+    def _find(self, video_id: str, account_id: str) -> Job:
+        with reader(self.engine).begin() as connection:
+            job = get_job(connection, video_id, account_id)
+        if job.video_key is None:
+            raise VideoNotReady(job.id, job.state)
+        return job
+
+    def _answer(self, job: Job) -> JSONResponse:
+        return JSONResponse(self._video(job), headers={"openai-poll-after-ms": POLL_AFTER_MS})
+
+    def _video(self, job: Job) -> dict[str, Any]:
+        offer = self.admission.offers.get(job.model)
+        return video_json(job, None if offer is None else offer.model)

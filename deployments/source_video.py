@@ -1,0 +1,93 @@
+"""A video that a request changes or goes on from: one that was made here, or an upload."""
+
+import io
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sqlalchemy import Engine
+
+from deployments.config import LimitsConfig
+from deployments.database import reader
+from deployments.errors import VideoNotReady
+from jobs.store import get_job
+from media.decode import VideoShape, VideoUnreadable, read_frames, read_shape
+from media.object_store import ObjectStore
+from models.request import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class SourceVideo:
+    """The file, its shape, how many frames it has, and the first and the last one as PNG."""
+
+    content: bytes
+    shape: VideoShape
+    num_frames: int
+    first_frame: bytes
+    last_frame: bytes
+
+
+def find_source(
+    engine: Engine, store: ObjectStore, account_id: str, video: bytes | str | None
+) -> bytes:
+    """The bytes of an upload, or of the account's finished video of that id.
+
+    InvalidRequest without either; JobNotFound, VideoNotReady.
+    """
+    if video is None:
+        raise InvalidRequest("video", "video is required: a file, or the id of a video")
+    if isinstance(video, bytes):
+        return video
+    with reader(engine).begin() as connection:
+        job = get_job(connection, video, account_id)
+    if job.video_key is None:
+        raise VideoNotReady(job.id, job.state)
+    return store.get(job.video_key)
+
+
+def read_source(content: bytes, limits: LimitsConfig) -> SourceVideo:
+    """Decode it once, in a child process; InvalidRequest for what can't be used."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video"
+        path.write_bytes(content)
+        try:
+            return _read(path, content, limits)
+        except VideoUnreadable as error:
+            raise InvalidRequest("video", f"video: {error}") from error
+
+
+def _read(path: Path, content: bytes, limits: LimitsConfig) -> SourceVideo:
+    shape = read_shape(path)
+    if shape.width * shape.height > limits.image.max_pixels:
+        raise InvalidRequest("video", f"video: more than {limits.image.max_pixels} pixels")
+    even = VideoShape(shape.width - shape.width % 2, shape.height - shape.height % 2, shape.fps)
+    if not even.width or not even.height:
+        raise InvalidRequest("video", "video: its picture is too small")
+    first: NDArray[np.uint8] | None = None
+    last: NDArray[np.uint8] | None = None
+    num_frames = 0
+    for chunk in read_frames(
+        path,
+        width=even.width,
+        height=even.height,
+        fps=even.fps,
+        max_frames=limits.max_source_frames + 1,
+    ):
+        first = chunk[0].copy() if first is None else first
+        last = chunk[-1].copy()
+        num_frames += len(chunk)
+    if first is None or last is None:
+        raise InvalidRequest("video", "video: it has no frames")
+    if num_frames > limits.max_source_frames:
+        message = f"video: more than {limits.max_source_frames} frames"
+        raise InvalidRequest("video", message)
+    return SourceVideo(content, even, num_frames, _png(first), _png(last))
+
+
+def _png(frame: NDArray[np.uint8]) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(frame).save(content, "PNG", compress_level=1)
+    return content.getvalue()

@@ -1,0 +1,260 @@
+"""Videos made from videos, as the official client asks for them: remix, edit, extend; and sync."""
+
+import io
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from openai import BadRequestError, NotFoundError, OpenAI, PermissionDeniedError
+from PIL import Image
+from sqlalchemy import Engine
+
+from credits.accounts import Account
+from credits.plans import Plan
+from credits.pricing import WorkWeights
+from deployments.ingress import IngressParts, create_app
+from deployments.settlement import Ending, WorkDone, settle
+from jobs.job import Job, JobState
+from jobs.store import get_job
+from media.encode import Mp4Encoder
+from models.request import VideoRequest
+from models.tensors import Frames
+from tests.conftest import read_account
+from tests.database.conftest import Door, job_now, lease_now, png, served
+
+AJob = Callable[..., Job]
+AnAccount = Callable[..., Account]
+
+
+def write_mp4(path: Path, num_frames: int = 9, size: tuple[int, int] = (64, 64)) -> bytes:
+    """Frames that grow lighter, at 8 a second."""
+    shades = np.linspace(0, 255, num_frames).astype(np.uint8)
+    pixels = np.broadcast_to(shades[:, None, None, None], (num_frames, size[1], size[0], 3)).copy()
+    with Mp4Encoder(path, width=size[0], height=size[1], fps=8, threads=1) as encoder:
+        encoder.write(Frames(pixels, 8))
+        encoder.finish()
+    return path.read_bytes()
+
+
+@pytest.fixture
+def mp4(tmp_path: Path) -> bytes:
+    return write_mp4(tmp_path / "made.mp4")
+
+
+@pytest.fixture
+def client(door: Door, alice: Account) -> OpenAI:
+    return official_client(door, "alice")
+
+
+def official_client(door: Door, account_id: str) -> OpenAI:
+    return OpenAI(
+        base_url="http://testserver/v1",
+        api_key=f"key-{account_id}",
+        http_client=door.client,
+        max_retries=0,
+    )
+
+
+def finish(engine: Engine, door: Door, content: bytes) -> Job:
+    """Lease the next job and end it with that file."""
+    job = lease_now(engine)
+    assert job is not None
+    key = f"videos/{job.id}.mp4"
+    door.store.put(key, content)
+    ending = Ending(JobState.SUCCEEDED, "done", charge_work=True, video_key=key, size_bytes=1)
+    done = WorkDone(1, 99, 99, 1)
+    settle(engine, door.store, WorkWeights(), job, lease_owner="me", done=done, ending=ending)
+    return job
+
+
+def request_of(engine: Engine, video_id: str) -> VideoRequest:
+    with engine.begin() as connection:
+        return VideoRequest.model_validate(get_job(connection, video_id).request)
+
+
+def shade(content: bytes) -> float:
+    with Image.open(io.BytesIO(content)) as image:
+        return float(np.asarray(image).mean())
+
+
+@pytest.fixture
+def finished(engine: Engine, door: Door, alice: Account, a_job: AJob, mp4: bytes) -> Job:
+    a_job(alice, seed=5, negative_prompt="grey", num_frames=9, flow_shift=4.0)
+    return finish(engine, door, mp4)
+
+
+def test_a_remix_keeps_all_but_the_words(engine: Engine, client: OpenAI, finished: Job) -> None:
+    video = client.videos.remix(finished.id, prompt="a blue square")
+    assert video.remixed_from_video_id == finished.id
+    former = VideoRequest.model_validate(finished.request)
+    expected = former.model_copy(update={"prompt": "a blue square", "remixed_from": finished.id})
+    assert request_of(engine, video.id) == expected
+
+
+def test_a_remix_of_an_image_to_video_starts_from_the_same_frame(
+    engine: Engine, door: Door, alice: Account, client: OpenAI, mp4: bytes
+) -> None:
+    client.videos.create(prompt="x", input_reference=png())
+    first = finish(engine, door, mp4)
+    video = client.videos.remix(first.id, prompt="y")
+    assert shade(door.store.get(f"inputs/{video.id}")) < 20
+    assert list(door.store.list(f"inputs/{first.id}")) == []
+
+
+def test_a_remix_takes_settings_and_refuses_what_is_not_done(
+    engine: Engine, door: Door, alice: Account, an_account: AnAccount, a_job: AJob,
+    client: OpenAI, finished: Job,
+) -> None:  # fmt: skip
+    changed = {"size": "32x32", "seconds": "2", "seed": 6}
+    video = client.videos.remix(finished.id, prompt="y", extra_body=changed)
+    made = request_of(engine, video.id)
+    assert (made.width, made.height, made.num_frames, made.seed) == (32, 32, 16, 6)
+    running = a_job(alice)
+    call = door.as_account()
+    assert call("POST", f"/v1/videos/{running.id}/remix", json={"prompt": "y"}).status_code == 409
+    refused = call("POST", f"/v1/videos/{finished.id}/remix", json={})
+    assert refused.json()["error"]["param"] == "prompt"
+    an_account("bob")
+    with pytest.raises(NotFoundError):
+        official_client(door, "bob").videos.remix(finished.id, prompt="y")
+
+
+def test_an_edit_takes_an_upload_and_its_shape(
+    engine: Engine, door: Door, client: OpenAI, mp4: bytes
+) -> None:
+    video = client.videos.edit(prompt="a red square", video=("x.mp4", mp4))
+    made = request_of(engine, video.id)
+    assert (made.width, made.height, made.num_frames, made.fps) == (64, 64, 9, 8)
+    assert made.strength == 0.6
+    assert made.source_video is not None
+    assert door.store.get(made.source_video) == mp4
+
+
+def test_an_edit_of_a_video_made_here_outlives_it(
+    engine: Engine, door: Door, client: OpenAI, finished: Job, mp4: bytes
+) -> None:
+    body = {"prompt": "y", "video": {"id": finished.id}, "strength": 0.3, "size": "32x32"}
+    video = door.as_account()("POST", "/v1/videos/edits", json=body).json()
+    client.videos.delete(finished.id)
+    made = request_of(engine, video["id"])
+    assert (made.strength, made.width) == (0.3, 32)
+    assert made.source_video is not None
+    assert door.store.get(made.source_video) == mp4
+    ended = finish(engine, door, mp4)
+    assert list(door.store.list(f"inputs/{ended.id}")) == []
+
+
+def test_an_extension_bills_its_new_frames_and_tells_the_whole_length(
+    engine: Engine, door: Door, alice: Account, client: OpenAI, finished: Job
+) -> None:
+    before = read_account(engine, "alice")
+    body = {"prompt": "y", "video": finished.id, "seconds": "2"}
+    video = door.as_account()("POST", "/v1/videos/extensions", json=body).json()
+    made = request_of(engine, video["id"])
+    assert (made.num_frames, made.new_frames, made.continued_frames) == (17, 16, 9)
+    assert (video["seconds"], video["total_frames"]) == ("3.125", 25)
+    assert before.available - read_account(engine, "alice").available == 2 * 16
+    assert made.start_image is not None
+    assert shade(door.store.get(made.start_image)) > 235
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("edits", {}, "video"),
+        ("edits", {"video": b"no video"}, "video"),
+        ("edits", {"video": png()}, "video"),
+        ("edits", {"video": "long"}, "video"),
+        ("edits", {"video": "mp4", "strength": "2"}, "strength"),
+        ("edits", {"video": "mp4", "size": "63x64"}, "size"),
+        ("extensions", {}, "video"),
+        ("extensions", {"video": "mp4", "size": "64x64"}, "size"),
+        ("extensions", {"video": "mp4", "strength": "0.5"}, "strength"),
+        ("extensions", {"video": "mp4", "num_frames": "0"}, "num_frames"),
+        ("extensions", {"video": "mp4", "num_frames": "39"}, "video"),
+        ("extensions", {"video": "mp4", "seconds": "99"}, "num_frames"),
+    ],
+)
+def test_a_source_that_cannot_be_used_is_400_and_costs_nothing(
+    engine: Engine, door: Door, alice: Account, mp4: bytes, tmp_path: Path, path: str,
+    fields: dict[str, Any], param: str,
+) -> None:  # fmt: skip
+    sources = {"mp4": mp4, "long": write_mp4(tmp_path / "long.mp4", num_frames=41)}
+    files = {}
+    if "video" in fields:
+        files["video"] = ("x.mp4", sources.get(fields["video"], fields["video"]))
+    data = {"prompt": "x", **{k: v for k, v in fields.items() if k != "video"}}
+    answer = door.as_account()("POST", f"/v1/videos/{path}", data=data, files=files or None)
+    if not files:
+        answer = door.as_account()("POST", f"/v1/videos/{path}", json=data)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+    assert read_account(engine, "alice") == alice
+    assert list(door.store.list("inputs/")) == []
+
+
+def test_a_plan_without_image_to_video_has_no_edits(
+    door: Door, an_account: AnAccount, mp4: bytes
+) -> None:
+    an_account("basic", plan=Plan.BASIC)
+    with pytest.raises(PermissionDeniedError):
+        official_client(door, "basic").videos.edit(prompt="x", video=("x.mp4", mp4))
+
+
+def test_characters_are_refused(client: OpenAI, mp4: bytes) -> None:
+    with pytest.raises(BadRequestError) as refused:
+        client.videos.create_character(name="a", video=("x.mp4", mp4))
+    assert refused.value.code == "not_supported"
+    with pytest.raises(BadRequestError):
+        client.videos.get_character("a")
+
+
+@pytest.mark.parametrize("state", [JobState.SUCCEEDED, JobState.FAILED])
+def test_sync_answers_when_the_video_is_there_or_never_will_be(
+    engine: Engine, door: Door, alice: Account, mp4: bytes, state: JobState
+) -> None:
+    answers: list[Any] = []
+
+    def ask() -> None:
+        answers.append(door.as_account()("POST", "/v1/videos/sync", json={"prompt": "x"}))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while (job := lease_now(engine)) is None:
+        assert thread.is_alive()
+    key = f"videos/{job.id}.mp4"
+    door.store.put(key, mp4)
+    ending = Ending(
+        state,
+        "over",
+        charge_work=state is JobState.SUCCEEDED,
+        video_key=key if state is JobState.SUCCEEDED else None,
+        error_code=None if state is JobState.SUCCEEDED else "worker_lost",
+        error_message="lost",
+    )
+    done = WorkDone(1, 99, 99, 1)
+    settle(engine, door.store, WorkWeights(), job, lease_owner="me", done=done, ending=ending)
+    thread.join()
+    answer = answers[0]
+    if state is JobState.SUCCEEDED:
+        assert (answer.status_code, answer.content) == (200, mp4)
+        assert answer.headers["x-video-id"] == job.id
+    else:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "worker_lost")
+        assert answer.headers["x-should-retry"] == "false"
+        assert job_now(engine, job).charged == 0
+
+
+def test_a_start_image_is_fetched_from_its_url(
+    engine: Engine, door: Door, alice: Account, parts: IngressParts
+) -> None:
+    """From another replica's address, whose 404 page is no image."""
+    with served(create_app(parts, lambda: None)) as url:
+        refused = door.as_account()(
+            "POST", "/v1/videos", json={"prompt": "x", "input_reference": f"{url}/nothing"}
+        )
+    assert refused.status_code == 400
+    assert "status 404" in refused.json()["error"]["message"]
+    assert read_account(engine, "alice") == alice
