@@ -1,7 +1,7 @@
 """Accounts: whose the credits are, and on which plan."""
 
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NewType
 
@@ -14,7 +14,6 @@ from sqlalchemy import (
     Connection,
     Integer,
     MetaData,
-    Row,
     String,
     Table,
     false,
@@ -107,7 +106,7 @@ def create_account(connection: Connection, account_id: AccountId, name: str, pla
 def find_account(connection: Connection, account_id: AccountId) -> Account | None:
     """The account of that id, if there is one."""
     row = connection.execute(select(accounts).where(accounts.c.id == account_id)).first()
-    return None if row is None else to_account(row)
+    return None if row is None else to_account(row._mapping)
 
 
 def get_account(connection: Connection, account_id: str) -> Account:
@@ -130,7 +129,9 @@ def list_accounts(
         query = query.where(age > seen if ascending else age < seen)
     columns = (accounts.c.created_at_ms, accounts.c.id)
     order = columns if ascending else [column.desc() for column in columns]
-    return [to_account(row) for row in connection.execute(query.order_by(*order).limit(limit))]
+    return [
+        to_account(row._mapping) for row in connection.execute(query.order_by(*order).limit(limit))
+    ]
 
 
 def plans_of(connection: Connection, account_ids: Collection[str]) -> dict[str, Plan]:
@@ -146,9 +147,9 @@ def change_account(connection: Connection, account_id: str, values: dict[str, An
     return get_account(connection, account_id)
 
 
-def to_account(row: Row[Any]) -> Account:
-    """A row of `accounts` as an Account."""
-    return Account(**{**row._mapping, "plan": Plan(row.plan)})
+def to_account(columns: Mapping[Any, Any]) -> Account:
+    """A row of `accounts`, by column name, as an Account."""
+    return Account(**{**columns, "plan": Plan(columns["plan"])})
 
 
 def now_ms() -> ColumnElement[int]:

@@ -3,8 +3,9 @@
 import hashlib
 import hmac
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NewType
+from typing import Any, NewType
 
 from sqlalchemy import (
     BigInteger,
@@ -12,10 +13,10 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     ForeignKey,
-    Row,
     String,
     Table,
     and_,
+    bindparam,
     func,
     insert,
     or_,
@@ -110,18 +111,21 @@ def add_api_key(
         )
         .returning(*api_keys.c)
     ).one()
-    return _to_key(row)
+    return _to_key(row._mapping)
 
 
-def account_of_key(connection: Connection, key_hash: str) -> tuple[Account, ApiKey]:
-    """The account that a key speaks for; Unauthenticated if there is none or no longer."""
-    row = connection.execute(
-        select(api_keys).where(api_keys.c.key_hash == key_hash, _is_good())
-    ).first()
+def account_of_key(connection: Connection, key_hash: str) -> tuple[Account, ApiKey, bool]:
+    """The account that a key speaks for, the key, and whether its last use on record is old.
+
+    Unauthenticated if there is no such key, or no longer.
+    """
+    row = connection.execute(_ACCOUNT_OF_KEY, {"hash_given": key_hash}).first()
     if row is None:
         raise Unauthenticated
-    account = connection.execute(select(accounts).where(accounts.c.id == row.account_id)).one()
-    return to_account(account), _to_key(row)
+    *values, is_stale = row
+    of_key = dict(zip(api_keys.c.keys(), values, strict=False))
+    of_account = dict(zip(accounts.c.keys(), values[len(of_key) :], strict=True))
+    return to_account(of_account), _to_key(of_key), bool(is_stale)
 
 
 def check_good(connection: Connection, key_id: KeyId) -> None:
@@ -137,17 +141,6 @@ def is_known(connection: Connection, key_hash: str) -> bool:
     return connection.execute(query).first() is not None
 
 
-def needs_note(connection: Connection, key: ApiKey) -> bool:
-    """Whether the last use on record is older than a minute."""
-    fresh = (
-        key.last_used_at_ms is not None
-        and connection.execute(
-            select(now_ms() - key.last_used_at_ms < 1000 * SECONDS_BETWEEN_USES)
-        ).scalar_one()
-    )
-    return not fresh
-
-
 def note_use(connection: Connection, key_id: KeyId) -> None:
     """Put down that a key is in use."""
     connection.execute(
@@ -159,7 +152,7 @@ def list_api_keys(connection: Connection, account_id: AccountId) -> list[ApiKey]
     """All keys of an account, those that are no longer good included, the oldest first."""
     query = select(api_keys).where(api_keys.c.account_id == account_id)
     rows = connection.execute(query.order_by(api_keys.c.created_at_ms, api_keys.c.id))
-    return [_to_key(row) for row in rows]
+    return [_to_key(row._mapping) for row in rows]
 
 
 def revoke_api_key(
@@ -186,7 +179,7 @@ def revoke_api_key(
     ).first()
     if row is None:
         raise KeyNotFound(key_id)
-    return _to_key(row)
+    return _to_key(row._mapping)
 
 
 def _is_good() -> ColumnElement[bool]:
@@ -194,7 +187,20 @@ def _is_good() -> ColumnElement[bool]:
     return and_(api_keys.c.revoked_at_ms.is_(None), unexpired)
 
 
-def _to_key(row: Row[tuple[object, ...]]) -> ApiKey:
-    values = dict(row._mapping)
-    del values["key_hash"]
-    return ApiKey(**values)
+# Built once: it is run for every request.
+_ACCOUNT_OF_KEY = (
+    select(
+        api_keys,
+        accounts,
+        or_(
+            api_keys.c.last_used_at_ms.is_(None),
+            api_keys.c.last_used_at_ms <= now_ms() - 1000 * SECONDS_BETWEEN_USES,
+        ),
+    )
+    .join(accounts, accounts.c.id == api_keys.c.account_id)
+    .where(api_keys.c.key_hash == bindparam("hash_given"), _is_good())
+)
+
+
+def _to_key(columns: Mapping[Any, Any]) -> ApiKey:
+    return ApiKey(**{name: value for name, value in columns.items() if name != "key_hash"})

@@ -65,22 +65,19 @@ class Admission:
 
     def find_first(self, account: Account, attempt: Attempt) -> Job | None:
         """The job that an earlier sending of the same request made; IdempotencyConflict."""
+        if attempt.is_first:
+            return None
         with reader(self.engine).begin() as connection:
             return attempt.find_first(connection, account.id)
 
     def check(self, account: Account, request: VideoRequest) -> str:
-        """The tier that would make it; AccountDisabled, PlanForbids, StorageFull."""
+        """The tier that would make it; AccountDisabled, PlanForbids."""
         if account.disabled:
             raise AccountDisabled(account.id)
         offer = self.offer(request.model)
         limits = self.plans.limits[account.plan]
         check_plan(account.plan, limits, request, offer.model.frame_stride)
-        tier = choose_tier(offer.served_on, account.plan, request)
-        with reader(self.engine).begin() as connection:
-            used = stored_bytes(connection, account.id)
-        if used + _estimate_bytes(request) > limits.max_stored_bytes:
-            raise StorageFull(used, limits.max_stored_bytes)
-        return tier
+        return choose_tier(offer.served_on, account.plan, request)
 
     def admit(
         self,
@@ -131,6 +128,9 @@ class Admission:
                 lock_until_commit(connection, f"{account.id} {attempt.fields_hash}")
                 if (first := attempt.find_first(connection, account.id)) is not None:
                     return first
+            used = stored_bytes(connection, account.id)
+            if used + _estimate_bytes(request) > limits.max_stored_bytes:
+                raise StorageFull(used, limits.max_stored_bytes)
             job = enqueue(
                 connection,
                 {

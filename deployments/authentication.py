@@ -14,7 +14,6 @@ from credits.api_keys import (
     Unauthenticated,
     account_of_key,
     hash_api_key,
-    needs_note,
     note_use,
 )
 from credits.plans import Plan
@@ -57,8 +56,7 @@ class Authenticator:
         """Who speaks with this key, which counts as one request; Unauthenticated, RateLimited."""
         key_hash = hash_api_key(api_key, self.pepper)
         with reader(self.engine).begin() as connection:
-            account, key = account_of_key(connection, key_hash)
-            is_stale = needs_note(connection, key)
+            account, key, is_stale = account_of_key(connection, key_hash)
         if is_stale:
             with self.engine.begin() as connection:
                 note_use(connection, key.id)

@@ -146,7 +146,7 @@ class CreateRoutes:
         if "prompt" not in body.fields:
             raise InvalidRequest("prompt", "prompt is required")
         body = replace(body, model=job.model, fields={**kept, **body.fields})
-        resolved, model = await self._resolve(body)
+        resolved, model = self._resolve(body)
         resolved = resolved.model_copy(update={"remixed_from": job.id})
         about = f"remix {job.id}"
         return self._answer(await self._admit(request, body, model, resolved, {}, about))
@@ -163,7 +163,7 @@ class CreateRoutes:
             **body.fields,
         }
         body = replace(body, fields=fields)
-        resolved, model = await self._resolve(body)
+        resolved, model = self._resolve(body)
         inputs = {"source_video": source.content}
         return self._answer(await self._admit(request, body, model, resolved, inputs, "edit"))
 
@@ -182,7 +182,7 @@ class CreateRoutes:
             raise InvalidRequest("num_frames", "num_frames must be a whole number above 0")
         fields["num_frames"] = int(asked) + 1  # the one that it begins from is there already
         body = replace(body, fields=fields, image=source.last_frame)
-        resolved, model = await self._resolve(body)
+        resolved, model = self._resolve(body)
         resolved = resolved.model_copy(update={"continued_frames": source.num_frames})
         if resolved.total_frames > self.limits.max_source_frames:
             message = f"an extended video has at most {self.limits.max_source_frames} frames"
@@ -196,12 +196,12 @@ class CreateRoutes:
 
     async def _create(self, request: Request) -> Job:
         body = await read_create_body(request)
-        resolved, model = await self._resolve(body)
+        resolved, model = self._resolve(body)
         return await self._admit(request, body, model, resolved, {}, "create")
 
-    async def _resolve(self, body: CreateBody) -> tuple[VideoRequest, Model]:
+    def _resolve(self, body: CreateBody) -> tuple[VideoRequest, Model]:
         model = self.admission.offer(body.model).model
-        return await run_in_threadpool(body.resolve, model, self.limits), model
+        return body.resolve(model, self.limits), model
 
     async def _admit(
         self,
@@ -215,13 +215,12 @@ class CreateRoutes:
         """Refuse what can be refused before an image is fetched and decoded, then admit."""
         account = account_of(request)
         attempt = read_attempt(request, body, about)
-        first = await run_in_threadpool(self.admission.find_first, account, attempt)
-        if first is not None:
-            return first
-        named = [*inputs, *([] if body.image is None else ["start_image"])]
-        pending = resolved.model_copy(update=dict.fromkeys(named, PENDING))
-        await run_in_threadpool(self.admission.check, account, pending)
         if body.image is not None:
+            first = await run_in_threadpool(self.admission.find_first, account, attempt)
+            if first is not None:
+                return first
+            named = dict.fromkeys([*inputs, "start_image"], PENDING)
+            self.admission.check(account, resolved.model_copy(update=named))
             content = await self._read_image(body.image)
             image = await run_in_threadpool(
                 prepare_start_image,

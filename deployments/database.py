@@ -1,6 +1,7 @@
 """Opens the database and brings its schema up to date."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ def open_database(url: str) -> Engine:
             raise ValueError(f"only sqlite and postgresql databases are supported, not {other!r}")
 
 
+@functools.lru_cache(maxsize=32)
 def reader(engine: Engine) -> Engine:
     """The same database for reading only: a transaction sees one state and waits for no writer."""
     options: dict[str, Any] = {"reads_only": True}
@@ -47,14 +49,16 @@ def exclusive(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
+_LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
+
+
 def lock_until_commit(connection: Connection, name: str) -> None:
     """Of the transactions that lock the same name, one goes on at a time.
 
     On SQLite one writer goes on at a time anyway.
     """
     if connection.dialect.name == "postgresql":
-        lock = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
-        connection.execute(lock, {"name": name})
+        connection.execute(_LOCK, {"name": name})
 
 
 def migrate(engine: Engine, revision: str = "head") -> None:

@@ -28,6 +28,11 @@ class Attempt:
     key: str | None = None
     is_retry: bool = False
 
+    @property
+    def is_first(self) -> bool:
+        """Whether nothing says that it may have been sent before."""
+        return self.key is None and not self.is_retry
+
     def find_first(self, connection: Connection, account_id: str) -> Job | None:
         """The job that an earlier sending made; IdempotencyConflict if it had other fields."""
         if self.key is not None:

@@ -1,9 +1,15 @@
 """What happened to a job, in order: the rows that progress is shown from."""
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, bindparam, func, insert, select
 
 from jobs.job import JobEvent, JobId, JobState, Phase, Progress
 from jobs.tables import job_events, now_ms
+
+# Built once: it is run at every step of every job.
+_NEXT_SEQ = select(func.coalesce(func.max(job_events.c.seq), 0) + 1).where(
+    job_events.c.job_id == bindparam("of_job")
+)
+_APPEND = insert(job_events).values(seq=_NEXT_SEQ.scalar_subquery(), created_at_ms=now_ms())
 
 
 def append_event(
@@ -15,22 +21,19 @@ def append_event(
     percentage: int | None = None,
 ) -> None:
     """Add a job's next event, in the transaction that changes the job's row."""
-    last = select(func.coalesce(func.max(job_events.c.seq), 0) + 1).where(
-        job_events.c.job_id == job_id
-    )
     connection.execute(
-        insert(job_events).values(
-            job_id=job_id,
-            seq=last.scalar_subquery(),
-            phase=progress.phase,
-            percentage=progress.percentage if percentage is None else percentage,
-            step=progress.step,
-            num_steps=progress.num_steps,
-            frame=progress.frame,
-            num_frames=progress.num_frames,
-            state=state,
-            created_at_ms=now_ms(),
-        )
+        _APPEND,
+        {
+            "job_id": job_id,
+            "of_job": job_id,
+            "phase": progress.phase,
+            "percentage": progress.percentage if percentage is None else percentage,
+            "step": progress.step,
+            "num_steps": progress.num_steps,
+            "frame": progress.frame,
+            "num_frames": progress.num_frames,
+            "state": state,
+        },
     )
 
 

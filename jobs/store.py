@@ -13,6 +13,7 @@ from sqlalchemy import (
     Row,
     Select,
     and_,
+    bindparam,
     case,
     func,
     insert,
@@ -62,13 +63,22 @@ class LeaseLost(Exception):
         return f"the lease on {self.job_id} is lost"
 
 
+# Built once: they are run for every job that is made.
+_ENQUEUE = insert(jobs).values(created_at_ms=now_ms()).returning(*jobs.c)
+_IS_OPEN = jobs.c.state.not_in(FINAL_STATES)
+_STORED_BYTES = select(
+    func.coalesce(
+        func.sum(
+            case((_IS_OPEN, jobs.c.estimated_bytes), else_=func.coalesce(jobs.c.size_bytes, 0))
+        ),
+        0,
+    )
+).where(jobs.c.account_id == bindparam("owned_by"), ~jobs.c.deleted)
+
+
 def enqueue(connection: Connection, values: dict[str, Any]) -> Job:
     """Insert a queued job with its first event; values name the columns of a new row."""
-    inserted = connection.execute(
-        insert(jobs)
-        .values(state=JobState.QUEUED, created_at_ms=now_ms(), **values)
-        .returning(*jobs.c)
-    ).one()
+    inserted = connection.execute(_ENQUEUE, {"state": JobState.QUEUED, **values}).one()
     append_event(connection, inserted.id, Progress(Phase.QUEUED, 0), None)
     return _to_job(inserted)
 
@@ -227,8 +237,7 @@ def request_cancel(connection: Connection, job_id: JobId) -> None:
 
 def open_jobs(connection: Connection, account_id: str) -> list[Job]:
     """What an account has queued or running."""
-    is_open = jobs.c.state.not_in(FINAL_STATES)
-    query = select(jobs).where(jobs.c.account_id == account_id, is_open)
+    query = select(jobs).where(jobs.c.account_id == account_id, _IS_OPEN)
     return [_to_job(row) for row in connection.execute(query)]
 
 
@@ -282,12 +291,7 @@ def count_by_state(connection: Connection) -> dict[JobState, int]:
 
 def stored_bytes(connection: Connection, account_id: str) -> int:
     """What an account's videos take, those that are still to be made by their estimates."""
-    is_open = jobs.c.state.not_in(FINAL_STATES)
-    taken = case((is_open, jobs.c.estimated_bytes), else_=func.coalesce(jobs.c.size_bytes, 0))
-    query = select(func.coalesce(func.sum(taken), 0)).where(
-        jobs.c.account_id == account_id, ~jobs.c.deleted
-    )
-    return int(connection.execute(query).scalar_one())
+    return int(connection.execute(_STORED_BYTES, {"owned_by": account_id}).scalar_one())
 
 
 def count_queued(connection: Connection) -> dict[tuple[str, str], int]:

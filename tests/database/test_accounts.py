@@ -127,7 +127,7 @@ def test_a_revoked_local_key_stays_revoked_and_the_server_starts(
         ensure_local_account(engine, LocalAccountConfig(), tmp_path, PEPPER)
     key = (tmp_path / "api_key").read_text()
     with engine.begin() as connection:
-        _, found = account_of_key(connection, hash_api_key(key, PEPPER))
+        _, found, _ = account_of_key(connection, hash_api_key(key, PEPPER))
         revoke_api_key(connection, found.id)
     ensure_local_account(engine, LocalAccountConfig(), tmp_path, PEPPER)
     with engine.begin() as connection, pytest.raises(Unauthenticated):

@@ -177,7 +177,7 @@ def test_a_key_speaks_for_its_account_and_is_stored_as_a_hash(
 ) -> None:
     account = an_account()
     with engine.begin() as connection:
-        found, _ = account_of_key(connection, hash_api_key("key-alice", PEPPER))
+        found, _, _ = account_of_key(connection, hash_api_key("key-alice", PEPPER))
         assert found.id == account.id
         for wrong in (hash_api_key("key-alice", b"other"), hash_api_key("key-bob", PEPPER)):
             with pytest.raises(Unauthenticated):

@@ -43,7 +43,7 @@ def test_the_first_versions_rows_survive(tmp_path: Path) -> None:
     assert (account.available, account.reserved, account.open_reservations) == (70, 20, 1)
     with engine.begin() as connection:
         entries = list_entries(connection, AccountId("a"), after=None, limit=9, ascending=True)
-        owner, key = account_of_key(connection, "0123456789abcdef0123456789")
+        owner, key, _ = account_of_key(connection, "0123456789abcdef0123456789")
         sizes = {name: get_job(connection, name).size_bytes for name in ("j1", "j2")}
         settled = connection.execute(text("SELECT expired FROM settlements")).scalar_one()
     assert [(entry.number, entry.amount, entry.kind) for entry in entries] == [
