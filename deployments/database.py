@@ -1,18 +1,24 @@
 """Opens the database and brings its schema up to date."""
 
+import asyncio
 import contextlib
 import functools
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import OperationalError
 
 ROOT = Path(__file__).resolve().parent.parent
 BUSY_TIMEOUT_S = 30
+AWAY_S = 0.5
+T = TypeVar("T")
+logger = logging.getLogger("ray.serve")
 
 
 def open_database(url: str) -> Engine:
@@ -59,6 +65,22 @@ def lock_until_commit(connection: Connection, name: str) -> None:
     """
     if connection.dialect.name == "postgresql":
         connection.execute(_LOCK, {"name": name})
+
+
+async def retry_while_away(act: Callable[[], T], *, for_s: float) -> T:
+    """Run what asks the database in a thread, again and again while it is away.
+
+    For what may be done twice. OperationalError if it is still away after for_s.
+    """
+    deadline_s = time.monotonic() + for_s
+    while True:
+        try:
+            return await asyncio.to_thread(act)
+        except OperationalError as error:
+            if time.monotonic() > deadline_s:
+                raise
+            logger.warning("the database is away: %s", error.orig)
+            await asyncio.sleep(AWAY_S)
 
 
 def migrate(engine: Engine, revision: str = "head") -> None:

@@ -18,7 +18,7 @@ from sqlalchemy.exc import OperationalError
 from credits.ledger import AlreadySettled
 from credits.pricing import WorkWeights
 from deployments.config import LeaseConfig, TierConfig, read_pepper
-from deployments.database import migrate, open_database, reader
+from deployments.database import migrate, open_database, reader, retry_while_away
 from deployments.errors import answer_for
 from deployments.expiry import expire_jobs
 from deployments.messages import Denoised, Encoded, Encoding, Published
@@ -196,9 +196,11 @@ class VideoPipeline:
         done = WorkDone()
         try:
             ending = await self._run_to_ending(job, done)
-            await asyncio.to_thread(self._settle, job, done, ending)
+            await self._while_held(functools.partial(self._settle, job, done, ending))
         except (LeaseLost, AlreadySettled):
             logger.warning("job %s: the lease is lost", job.id)
+        except OperationalError:
+            logger.exception("job %s: the database is away, the lease must be lost", job.id)
 
     def _settle(self, job: Job, done: WorkDone, ending: Ending) -> None:
         settle(
@@ -223,7 +225,7 @@ class VideoPipeline:
                 if job.id in self.cancelled:
                     return cancellation()
                 raise LeaseLost(job.id) from None
-            except LeaseLost:
+            except (LeaseLost, OperationalError):
                 raise
             except WORKER_LOST as error:
                 logger.warning("job %s, attempt %d: worker lost: %s", job.id, attempt, error)
@@ -297,7 +299,11 @@ class VideoPipeline:
     async def _record(self, job: Job, phase: Phase, done: WorkDone, **counts: int) -> None:
         share = done.share(VideoRequest.model_validate(job.request), self.weights)
         progress = Progress(phase, min(int(100 * share), 99), **counts)
-        await asyncio.to_thread(self._record_now, job.id, progress)
+        await self._while_held(functools.partial(self._record_now, job.id, progress))
+
+    async def _while_held(self, act: Callable[[], None]) -> None:
+        """The database may be away for as long as a lease lasts; then the job is another's."""
+        await retry_while_away(act, for_s=self.leases.lease_s)
 
     def _record_now(self, job_id: JobId, progress: Progress) -> None:
         with self.engine.begin() as connection:

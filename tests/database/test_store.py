@@ -1,5 +1,6 @@
 """Jobs: leased once, moved only by their holder, ended once."""
 
+import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +9,12 @@ from typing import cast
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Engine, MetaData, text, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import Engine, MetaData, select, text, update
+from sqlalchemy.exc import IntegrityError, OperationalError
 
-from credits.accounts import Account
+from credits.accounts import Account, accounts
 from credits.accounts import metadata as credits_metadata
-from deployments.database import migrate, open_database, reader
+from deployments.database import migrate, open_database, reader, retry_while_away
 from deployments.purge import Purger
 from jobs.events import events_after
 from jobs.job import Job, JobState, Outcome, Phase, Progress
@@ -304,3 +305,23 @@ def test_a_holder_does_not_lease_its_own_job_again(
     with engine.begin() as connection:
         assert lease(connection, "me", ["local"], 1000, {job.id}) is None
     assert lease_now(engine, "other") is not None
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_what_the_pipeline_writes_outlives_a_connection(engine: Engine, alice: Account) -> None:
+    ended: list[int] = []
+
+    def act() -> str:
+        with engine.begin() as connection:
+            if not ended:  # as a fail-over of the database does
+                pid = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
+                with engine.begin() as other:
+                    other.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+                ended.append(pid)
+            return str(connection.execute(select(accounts.c.name)).scalar_one())
+
+    assert asyncio.run(retry_while_away(act, for_s=30.0)) == "alice"
+    assert len(ended) == 1
+    ended.clear()
+    with pytest.raises(OperationalError):
+        asyncio.run(retry_while_away(act, for_s=-1.0))
