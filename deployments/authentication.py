@@ -19,6 +19,7 @@ from credits.api_keys import (
 from credits.plans import Plan
 from credits.rates import Allowance, RateLimited, RequestRate, take_request
 from deployments.database import reader
+from deployments.openapi import refusals
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,10 @@ class Caller:
     account: Account
     key_id: KeyId
     allowance: Allowance | None
+
+
+# What any route with a key may answer; see deployments.errors for when.
+REFUSALS = (400, 401, 402, 403, 404, 409, 413, 429, 500, 507)
 
 
 class Authenticator:
@@ -93,7 +98,7 @@ class AdminAuthenticator:
 def keyed_router(authenticate: "Authenticator | AdminAuthenticator", prefix: str = "") -> APIRouter:
     """A router each of whose routes asks for a key first."""
     dependencies = [Depends(HTTPBearer(auto_error=False)), Depends(authenticate)]
-    return APIRouter(prefix=prefix, dependencies=dependencies)
+    return APIRouter(prefix=prefix, dependencies=dependencies, responses=refusals(*REFUSALS))
 
 
 def bearer(request: Request) -> str:

@@ -32,7 +32,13 @@ class CreditRoutes:
         router = keyed_router(self.authenticate)
         router.add_api_route("/v1/credits", self.get_credits, methods=["GET"])
         router.add_api_route("/v1/credits/entries", self.list_entries, methods=["GET"])
-        router.add_api_route("/v1/credits/entries.csv", self.export_entries, methods=["GET"])
+        router.add_api_route(
+            "/v1/credits/entries.csv",
+            self.export_entries,
+            methods=["GET"],
+            response_class=StreamingResponse,
+            responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
+        )
         return router
 
     def get_credits(self, request: Request) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -123,7 +123,12 @@ def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
     app.include_router(WebhookRoutes(engine, pepper, parts.webhooks, authenticate).router())
     app.include_router(admin.router())
     app.mount(PATH, LiveProgress(engine, feed, authenticate, videos.video_json).app())
-    app.add_api_route("/metrics", lambda: metrics_response(engine), methods=["GET"])
+    app.add_api_route(
+        "/metrics",
+        lambda: metrics_response(engine),
+        methods=["GET"],
+        response_class=PlainTextResponse,
+    )
     app.add_api_route("/healthz", lambda: {"status": "ok"}, methods=["GET"])
     return app
 

@@ -1,5 +1,6 @@
 """What the OpenAPI document says of bodies that are read by hand, and of refusals."""
 
+from http import HTTPStatus
 from typing import Any
 
 STRING, NUMBER, INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
@@ -28,6 +29,33 @@ CROP = {
     "required": ["x", "y", "width", "height"],
     "properties": dict.fromkeys(("x", "y", "width", "height"), INTEGER),
 }
+
+
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": STRING,
+                "type": STRING,
+                "param": {"type": ["string", "null"]},
+                "code": STRING,
+            },
+        }
+    },
+}
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """That a route may answer with these statuses and the error envelope."""
+    content = {"application/json": {"schema": ERROR}}
+    return {
+        status: {"description": HTTPStatus(status).phrase, "content": content}
+        for status in statuses
+    }
 
 
 def _body(required: tuple[str, ...], **files: Any) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""Every route as its OpenAPI document says, under inputs that schemathesis makes up."""
+
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from credits.accounts import Account
+from tests.conftest import ADMIN_KEY
+from tests.database.conftest import Door
+
+CHECKS: Any = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+]
+WAITS = "/v1/videos/sync"  # for a video that nobody makes here
+MAX_EXAMPLES = 20
+
+
+@pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
+def test_every_route_is_as_it_says(door: Door, alice: Account) -> None:
+    schema = schemathesis.openapi.from_asgi("/openapi.json", door.client.app)
+    operations = [found.ok() for found in schema.get_all_operations()]
+    assert len(operations) > 40
+    for operation in operations:
+        if operation.path == WAITS:
+            continue
+
+        @settings(
+            max_examples=MAX_EXAMPLES,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy())
+        def call(case: schemathesis.Case) -> None:
+            is_admin = case.operation.path.startswith("/admin/")
+            key = ADMIN_KEY if is_admin else "key-alice"
+            case.call_and_validate(headers={"authorization": f"Bearer {key}"}, checks=CHECKS)
+
+        call()
