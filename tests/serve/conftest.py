@@ -85,9 +85,16 @@ def free_port() -> Callable[[], int]:
 
 @pytest.fixture(scope="session")
 def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped configuration with a shorter lease, so that a killed pipeline is soon missed."""
+    """The shipped configuration with a shorter lease, so that a killed pipeline is soon missed, and
+    with loopback open to webhooks and image URLs.
+    """
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    config["applications"][0]["args"]["leases"] = {"lease_s": LEASE_S}
+    guard = {"allow_http": True, "allowed_networks": ["127.0.0.0/8"]}
+    config["applications"][0]["args"] |= {
+        "leases": {"lease_s": LEASE_S},
+        "webhooks": {"guard": guard},
+        "image_urls": guard,
+    }
     path = tmp_path_factory.mktemp("config") / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
