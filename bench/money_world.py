@@ -33,7 +33,7 @@ from deployments.expiry import expire_jobs
 from deployments.idempotency import Attempt
 from deployments.settlement import Ending, WorkDone, cancel, cancellation, settle
 from jobs.job import FINAL_STATES, Job, JobId, JobState, Phase, Progress
-from jobs.store import LeaseLost, get_job, lease, record
+from jobs.store import LeaseLost, get_job, lease, record, stored_bytes
 from jobs.tables import job_events, jobs
 from media.object_store import LocalObjectStore
 from models.catalog import Model
@@ -238,6 +238,14 @@ def a_job_shows_what_it_was_charged(connection: Connection) -> Iterator[str]:
             yield f"{row.id}: {row.charged} + {row.refunded} is not {row.quoted}"
 
 
+def videos_take_what_accounts_show(connection: Connection) -> Iterator[str]:
+    """The room that an account has used is what its jobs' rows say."""
+    by_jobs = stored_bytes(connection)
+    for row in connection.execute(select(accounts.c.id, accounts.c.stored_bytes)):
+        if row.stored_bytes != by_jobs.get(row.id, 0):
+            yield f"{row.id} shows {row.stored_bytes} bytes, its jobs {by_jobs.get(row.id, 0)}"
+
+
 def a_key_makes_one_job(connection: Connection) -> Iterator[str]:
     """Sent again, a request finds its first job."""
     keys = Counter(
@@ -266,6 +274,7 @@ LAWS: tuple[Callable[[Connection], Iterator[str]], ...] = (
     balances_follow_from_the_ledger,
     what_is_open_is_reserved,
     a_job_shows_what_it_was_charged,
+    videos_take_what_accounts_show,
     a_key_makes_one_job,
     events_tell_the_whole_story,
 )

@@ -44,6 +44,8 @@ accounts = Table(
     Column("spent", BigInteger, nullable=False, server_default=text("0")),
     Column("max_jobs", Integer),
     Column("open_reservations", Integer, nullable=False, server_default=text("0")),
+    # What the account's videos take, those that are still to be made by their estimates.
+    Column("stored_bytes", BigInteger, nullable=False, server_default=text("0")),
     Column("disabled", Boolean, nullable=False, server_default=false()),
     Column("created_at_ms", BigInteger, nullable=False, server_default=text("0")),
     CheckConstraint("available >= 0", name="available_not_negative"),
@@ -87,6 +89,7 @@ class Account:
     spent: Credits
     max_jobs: int | None
     open_reservations: int
+    stored_bytes: int
     disabled: bool
     created_at_ms: int
 
@@ -145,6 +148,15 @@ def change_account(connection: Connection, account_id: str, values: dict[str, An
     if values:
         connection.execute(update(accounts).where(accounts.c.id == account_id).values(values))
     return get_account(connection, account_id)
+
+
+def release_bytes(connection: Connection, account_id: str, num_bytes: int) -> None:
+    """Videos of that length are deleted."""
+    connection.execute(
+        update(accounts)
+        .where(accounts.c.id == account_id)
+        .values(stored_bytes=accounts.c.stored_bytes - num_bytes)
+    )
 
 
 def to_account(columns: Mapping[Any, Any]) -> Account:

@@ -36,11 +36,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.sql.dml import ReturningInsert
 
 from credits.accounts import AccountDisabled, AccountId, accounts, metadata
-from credits.plans import TooManyJobs
+from credits.plans import StorageFull, TooManyJobs
 from credits.pricing import Credits
 
 ReservationId = NewType("ReservationId", str)
 
+MAX_BYTES = 2**62
 ISSUER, REVENUE = "issuer", "revenue"
 
 
@@ -95,6 +96,7 @@ settlements = Table(
 
 # Built once, since building them takes longer than a database takes to run them.
 _AMOUNT = bindparam("held", type_=BigInteger())
+_BYTES = bindparam("num_bytes", type_=BigInteger())
 _ACCOUNT = bindparam("held_by", type_=String())
 _RESERVATION = bindparam("reservation", type_=String())
 _ENTRY = {
@@ -109,12 +111,14 @@ _HOLD = (
         accounts.c.id == _ACCOUNT,
         accounts.c.available >= _AMOUNT,
         accounts.c.open_reservations < bindparam("max_open"),
+        accounts.c.stored_bytes + _BYTES <= bindparam("max_bytes", type_=BigInteger()),
         ~accounts.c.disabled,
     )
     .values(
         available=accounts.c.available - _AMOUNT,
         reserved=accounts.c.reserved + _AMOUNT,
         open_reservations=accounts.c.open_reservations + 1,
+        stored_bytes=accounts.c.stored_bytes + _BYTES,
     )
 )
 _INSERT_RESERVATION = insert(reservations).values(
@@ -202,11 +206,14 @@ def reserve(
     amount: Credits,
     *,
     max_open: int,
+    num_bytes: int = 0,
+    max_bytes: int = MAX_BYTES,
 ) -> None:
-    """Hold credits for a job, as the last statement of its transaction.
+    """Hold credits, and room for num_bytes, for a job, as the last statement of its transaction.
 
-    TooManyJobs if the account has max_open reservations that are not settled, InsufficientCredits
-    if less than amount is available, AccountDisabled; all leave nothing behind once rolled back.
+    AccountDisabled; StorageFull if the account's videos would take more than max_bytes; TooManyJobs
+    if it has max_open reservations that are not settled; InsufficientCredits if less than amount is
+    available. All leave nothing behind once rolled back.
     On PostgreSQL it is one statement, so that nobody waits for this account longer than that one
     and the COMMIT take.
     """
@@ -215,6 +222,8 @@ def reserve(
         "reservation": reservation_id,
         "held": amount,
         "max_open": max_open,
+        "num_bytes": num_bytes,
+        "max_bytes": max_bytes,
         "available_name": f"{account_id}:available",
         "reserved_name": f"{account_id}:reserved",
     }
@@ -228,6 +237,8 @@ def reserve(
         row = connection.execute(select(accounts).where(accounts.c.id == account_id)).one()
         if row.disabled:
             raise AccountDisabled(account_id)
+        if row.stored_bytes + num_bytes > max_bytes:
+            raise StorageFull(row.stored_bytes, max_bytes)
         if row.open_reservations >= max_open:
             raise TooManyJobs(max_open)
         raise InsufficientCredits(amount, row.available)
@@ -239,8 +250,11 @@ def settle(
     confirmed: Credits,
     *,
     expired: bool = False,
+    more_bytes: int = 0,
 ) -> Credits:
     """Charge part or all of a reservation and give back the rest, which is returned.
+
+    more_bytes: by how much the video is longer than the room that was held for it.
 
     expired: the rest goes back because nobody finished the job. AlreadySettled if it was settled
     before; ValueError if confirmed is above it.
@@ -272,6 +286,7 @@ def settle(
         .values(
             reserved=accounts.c.reserved - row.amount,
             open_reservations=accounts.c.open_reservations - 1,
+            stored_bytes=accounts.c.stored_bytes + more_bytes,
             available=accounts.c.available + refunded,
             spent=accounts.c.spent + confirmed,
         )

@@ -11,12 +11,12 @@ from sqlalchemy.exc import IntegrityError
 from autoscaling.tiers import ServedOn, choose_tier
 from credits.accounts import Account, AccountDisabled
 from credits.ledger import new_reservation_id, reserve
-from credits.plans import PlanTable, StorageFull, check_plan
+from credits.plans import PlanTable, check_plan
 from credits.pricing import PriceTable, Quote, quote
 from deployments.database import lock_until_commit, reader
 from deployments.idempotency import Attempt
 from jobs.job import Job, JobId
-from jobs.store import enqueue, stored_bytes
+from jobs.store import enqueue
 from media.encode import estimate_bytes
 from media.object_store import ObjectStore
 from models.catalog import Model, ModelNotFound
@@ -120,6 +120,7 @@ class Admission:
     ) -> Job:
         price = self.quote(request)
         limits = self.plans.limits[account.plan]
+        num_bytes = _estimate_bytes(request)
         reservation_id = new_reservation_id()
         max_jobs = limits.max_jobs if account.max_jobs is None else account.max_jobs
         with self.engine.begin() as connection:
@@ -128,9 +129,6 @@ class Admission:
                 lock_until_commit(connection, f"{account.id} {attempt.fields_hash}")
                 if (first := attempt.find_first(connection, account.id)) is not None:
                     return first
-            used = stored_bytes(connection, account.id)
-            if used + _estimate_bytes(request) > limits.max_stored_bytes:
-                raise StorageFull(used, limits.max_stored_bytes)
             job = enqueue(
                 connection,
                 {
@@ -144,11 +142,19 @@ class Admission:
                     "quote_exact": str(price.exact),
                     "reservation_id": reservation_id,
                     "idempotency_key": None if attempt is None else attempt.key,
-                    "estimated_bytes": _estimate_bytes(request),
+                    "estimated_bytes": num_bytes,
                     "fields_hash": None if attempt is None else attempt.fields_hash,
                 },
             )
-            reserve(connection, account.id, reservation_id, price.credits, max_open=max_jobs)
+            reserve(
+                connection,
+                account.id,
+                reservation_id,
+                price.credits,
+                max_open=max_jobs,
+                num_bytes=num_bytes,
+                max_bytes=limits.max_stored_bytes,
+            )
         return job
 
 

@@ -88,7 +88,10 @@ def settle(
         finish(connection, job.id, lease_owner=lease_owner, outcome=outcome)
         announce(connection, job.id, ending.state)
         reservation_id = ReservationId(job.reservation_id)
-        settle_reservation(connection, reservation_id, charged, expired=ending.expired)
+        more_bytes = (ending.size_bytes or 0) - job.estimated_bytes
+        settle_reservation(
+            connection, reservation_id, charged, expired=ending.expired, more_bytes=more_bytes
+        )
     for key in request.stored_inputs:
         store.delete(key)
     if ending.video_key is None:

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from sqlalchemy import Engine
 
+from credits.accounts import release_bytes
 from credits.pricing import WorkWeights
 from deployments.admission import Admission
 from deployments.authentication import Authenticator, account_of, caller_of, keyed_router
@@ -91,7 +92,7 @@ class VideoRoutes:
         with self.engine.begin() as connection:
             job = get_job(connection, video_id)
             if was_final or job.state is JobState.SUCCEEDED:
-                mark_deleted(connection, job.id)
+                release_bytes(connection, job.account_id, mark_deleted(connection, job.id))
         self.wake()
         return {"id": job.id, "object": "video.deleted", "deleted": True}
 

@@ -13,7 +13,6 @@ from sqlalchemy import (
     Row,
     Select,
     and_,
-    bindparam,
     case,
     func,
     insert,
@@ -66,14 +65,6 @@ class LeaseLost(Exception):
 # Built once: they are run for every job that is made.
 _ENQUEUE = insert(jobs).values(created_at_ms=now_ms()).returning(*jobs.c)
 _IS_OPEN = jobs.c.state.not_in(FINAL_STATES)
-_STORED_BYTES = select(
-    func.coalesce(
-        func.sum(
-            case((_IS_OPEN, jobs.c.estimated_bytes), else_=func.coalesce(jobs.c.size_bytes, 0))
-        ),
-        0,
-    )
-).where(jobs.c.account_id == bindparam("owned_by"), ~jobs.c.deleted)
 
 
 def enqueue(connection: Connection, values: dict[str, Any]) -> Job:
@@ -241,11 +232,18 @@ def open_jobs(connection: Connection, account_id: str) -> list[Job]:
     return [_to_job(row) for row in connection.execute(query)]
 
 
-def mark_deleted(connection: Connection, job_id: JobId) -> None:
-    """Hide a finished job from its owner; `purgeable` then lists what its files are."""
-    connection.execute(
-        update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(FINAL_STATES)).values(deleted=True)
-    )
+def mark_deleted(connection: Connection, job_id: JobId) -> int:
+    """Hide a finished job from its owner; the bytes of its video, 0 if it was hidden before.
+
+    `purgeable` then lists its files.
+    """
+    row = connection.execute(
+        update(jobs)
+        .where(jobs.c.id == job_id, jobs.c.state.in_(FINAL_STATES), ~jobs.c.deleted)
+        .values(deleted=True)
+        .returning(jobs.c.size_bytes)
+    ).first()
+    return 0 if row is None else row.size_bytes or 0
 
 
 def purgeable(connection: Connection, limit: int = 100) -> list[Job]:
@@ -289,9 +287,15 @@ def count_by_state(connection: Connection) -> dict[JobState, int]:
     return {state: counted.get(state, 0) for state in JobState}
 
 
-def stored_bytes(connection: Connection, account_id: str) -> int:
-    """What an account's videos take, those that are still to be made by their estimates."""
-    return int(connection.execute(_STORED_BYTES, {"owned_by": account_id}).scalar_one())
+def stored_bytes(connection: Connection) -> dict[str, int]:
+    """What each account's videos take, those that are still to be made by their estimates."""
+    taken = case((_IS_OPEN, jobs.c.estimated_bytes), else_=func.coalesce(jobs.c.size_bytes, 0))
+    query = (
+        select(jobs.c.account_id, func.sum(taken))
+        .where(~jobs.c.deleted)
+        .group_by(jobs.c.account_id)
+    )
+    return {account_id: int(count) for account_id, count in connection.execute(query)}
 
 
 def count_queued(connection: Connection) -> dict[tuple[str, str], int]:

@@ -41,6 +41,7 @@ def test_the_first_versions_rows_survive(tmp_path: Path) -> None:
     migrate(engine)
     account = read_account(engine, "a")
     assert (account.available, account.reserved, account.open_reservations) == (70, 20, 1)
+    assert account.stored_bytes == 777
     with engine.begin() as connection:
         entries = list_entries(connection, AccountId("a"), after=None, limit=9, ascending=True)
         owner, key, _ = account_of_key(connection, "0123456789abcdef0123456789")
