@@ -18,7 +18,7 @@ from credits.api_keys import (
 )
 from credits.plans import Plan
 from credits.rates import Allowance, RateLimited, RequestRate, take_request
-from deployments.database import reader
+from deployments.database import single_reader
 from deployments.openapi import refusals
 
 
@@ -60,7 +60,7 @@ class Authenticator:
     def identify(self, api_key: str) -> Caller:
         """Who speaks with this key, which counts as one request; Unauthenticated, RateLimited."""
         key_hash = hash_api_key(api_key, self.pepper)
-        with reader(self.engine).begin() as connection:
+        with single_reader(self.engine).begin() as connection:
             account, key, is_stale = account_of_key(connection, key_hash)
         if is_stale:
             with self.engine.begin() as connection:

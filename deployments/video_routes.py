@@ -11,7 +11,7 @@ from credits.pricing import WorkWeights
 from deployments.admission import Admission
 from deployments.authentication import Authenticator, account_of, caller_of, keyed_router
 from deployments.create_routes import Waker
-from deployments.database import reader
+from deployments.database import reader, single_reader
 from deployments.errors import VideoNotReady
 from deployments.paging import Page
 from deployments.progress import EventFeed, stream_events
@@ -138,7 +138,7 @@ class VideoRoutes:
 
     def _find(self, request: Request, video_id: str) -> Job:
         account = account_of(request)
-        with reader(self.engine).begin() as connection:
+        with single_reader(self.engine).begin() as connection:
             return get_job(connection, video_id, account.id)
 
     def video_json(self, job: Job) -> dict[str, Any]:
