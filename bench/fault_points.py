@@ -66,6 +66,10 @@ class Life:
         self.admission = Admission(self.engine, self.store, offers, PriceTable(), PlanTable())
         self.account_id = AccountId(name)
 
+    def close(self) -> None:
+        """Give the connections back; the next act opens others."""
+        self.engine.dispose()
+
     def begin(self) -> None:
         """An account with credits, a webhook and no job."""
         with self.engine.begin() as connection:
@@ -254,19 +258,17 @@ def run_points(
     for step in steps:
         for index in range(1, MAX_POINTS):
             name = f"{step.role}-{step.name}-{died}-{index}"
-            life = Life(url, folder, model, name)
-            life.begin()
-            for act in step.before:
-                act(life)
-            life.engine.dispose()  # a connection is not to be shared with a child
-            point = _die_at(url, folder, model, name, step, index, died)
-            if point is None:
+            with contextlib.closing(Life(url, folder, model, name)) as life:
+                life.begin()
+                for act in step.before:
+                    act(life)
+                life.close()  # a connection is not to be shared with a child
+                point = _die_at(url, folder, model, name, step, index, died)
                 life.recover(step.again)
-                life.engine.dispose()
-                break
-            life.recover(step.again)
-            yield Row(step.role, step.name, point, died, life.faults(step.ends))
-            life.engine.dispose()
+                if point is None:
+                    break
+                row = Row(step.role, step.name, point, died, life.faults(step.ends))
+            yield row
         else:
             raise RuntimeError(f"{step.name} has more than {MAX_POINTS} points")
 
