@@ -213,3 +213,23 @@ def test_a_start_image_is_kept_for_the_job(door: Door, alice: Account) -> None:
         assert video["image_to_video"]
         with Image.open(io.BytesIO(door.store.get(f"inputs/{video['id']}"))) as image:
             assert (image.format, image.size) == ("PNG", (64, 64))
+
+
+@pytest.mark.parametrize(("crop", "warned"), [(None, True), ((0, 0, 20, 20), False)])
+def test_an_image_of_another_aspect_is_warned_of(
+    door: Door, alice: Account, crop: tuple[int, ...] | None, warned: bool
+) -> None:
+    files: dict[str, Any] = {"prompt": (None, "x"), "input_reference": ("x.png", png(40, 20))}
+    if crop is not None:
+        box = zip(("x", "y", "width", "height"), crop, strict=True)
+        files |= {f"crop[{name}]": (None, str(value)) for name, value in box}
+    video = door.as_account()("POST", "/v1/videos", files=files).json()
+    assert any("aspect" in warning for warning in video["warnings"]) == warned
+
+
+def test_what_has_no_effect_is_warned_of_and_tags_are_kept(door: Door, alice: Account) -> None:
+    fields = [("prompt", "x"), ("motionStrength", "0.7"), ("tags[]", "a"), ("tags[]", "b")]
+    files = [(name, (None, value)) for name, value in [*fields, ("user", "u1")]]
+    video = door.as_account()("POST", "/v1/videos", files=files).json()
+    assert video["warnings"] == ["motion_strength has no effect on z-image-video"]
+    assert (video["tags"], video["user"], video["motion_strength"]) == (["a", "b"], "u1", 0.7)
