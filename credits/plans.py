@@ -125,8 +125,16 @@ def check_plan(plan: Plan, limits: PlanLimits, request: VideoRequest, frame_stri
             f"the {plan} plan allows {limits.max_area} pixels "
             f"and {limits.max_long_side} on the long side",
         )
-    if request.stored_inputs and not limits.image_to_video:
-        param, kind = ("input_reference", "image-to-video")
-        if request.source_video is not None or request.continues is not None:
-            param, kind = ("video", "changing and extending videos")
-        raise PlanForbids(plan, param, f"the {plan} plan does not include {kind}")
+    if request.start_image is not None and not limits.image_to_video:
+        raise PlanForbids(
+            plan, "input_reference", f"the {plan} plan does not include image-to-video"
+        )
+    if request.source_video is not None or request.continues is not None:
+        check_may_derive(plan, limits)
+
+
+def check_may_derive(plan: Plan, limits: PlanLimits) -> None:
+    """Raise PlanForbids unless the plan includes making videos from videos."""
+    if not limits.image_to_video:
+        message = f"the {plan} plan does not include changing and extending videos"
+        raise PlanForbids(plan, "video", message)

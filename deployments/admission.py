@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from autoscaling.tiers import ServedOn, choose_tier
 from credits.accounts import Account, AccountDisabled
 from credits.ledger import new_reservation_id, reserve
-from credits.plans import PlanTable, check_plan
+from credits.plans import PlanTable, check_may_derive, check_plan
 from credits.pricing import PriceTable, Quote, quote
 from deployments.database import lock_until_commit, reader
 from deployments.idempotency import Attempt
@@ -78,6 +78,12 @@ class Admission:
         limits = self.plans.limits[account.plan]
         check_plan(account.plan, limits, request, offer.model.frame_stride)
         return choose_tier(offer.served_on, account.plan, request)
+
+    def check_may_derive(self, account: Account) -> None:
+        """AccountDisabled or PlanForbids, before a video is decoded that is of no use."""
+        if account.disabled:
+            raise AccountDisabled(account.id)
+        check_may_derive(account.plan, self.plans.limits[account.plan])
 
     def admit(
         self,

@@ -1,5 +1,6 @@
 """The routes that make videos: from words, from an image, from another video; and their price."""
 
+import re
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from deployments.estimate import make_estimate
 from deployments.idempotency import read_attempt
 from deployments.openapi import CREATE_BODY, DERIVE_BODY, REMIX_BODY
 from deployments.progress import EventFeed
-from deployments.request_body import CreateBody, read_create_body
+from deployments.request_body import CreateBody, parse_fps, read_create_body
 from deployments.source_video import SourceVideo, find_source, read_source
 from deployments.url_guard import UrlGuardConfig, UrlRefused, fetch
 from deployments.wire import POLL_AFTER_MS, STATUSES, quote_json, video_json
@@ -143,6 +144,8 @@ class CreateRoutes:
             del kept["width"], kept["height"]
         if "seconds" in body.fields:
             del kept["num_frames"]
+        if body.model not in (None, job.model):
+            raise InvalidRequest("model", f"a remix is made by the video's own model, {job.model}")
         if "prompt" not in body.fields:
             raise InvalidRequest("prompt", "prompt is required")
         body = replace(body, model=job.model, fields={**kept, **body.fields})
@@ -154,14 +157,17 @@ class CreateRoutes:
     async def edit(self, request: Request) -> JSONResponse:
         """Change a video towards new words; strength says how much of it is made anew."""
         body = await read_create_body(request, derived=True)
+        self.admission.check_may_derive(account_of(request))
         source = await self._read_source(body.video, account_of(request).id)
         fields = {
             "strength": EDIT_STRENGTH,
             "fps": source.shape.fps,
             **self._size_of(source, body),
-            **({} if "seconds" in body.fields else {"num_frames": source.num_frames}),
             **body.fields,
         }
+        if "seconds" not in fields and "num_frames" not in fields:
+            lasts_s = source.num_frames / source.shape.fps
+            fields["num_frames"] = max(1, round(lasts_s * parse_fps(fields["fps"])))
         body = replace(body, fields=fields)
         resolved, model = self._resolve(body)
         inputs = {"source_video": source.content}
@@ -170,21 +176,23 @@ class CreateRoutes:
     async def extend(self, request: Request) -> JSONResponse:
         """Go on from a video's last frame; the result is both, one after the other."""
         body = await read_create_body(request, derived=True)
-        for name in ("strength", "size", "width", "height", "fps", "input_reference"):
-            if name in body.fields or (name == "input_reference" and body.image is not None):
+        given = {**body.fields, "input_reference": body.image, "crop": body.crop}
+        for name in ("strength", "size", "width", "height", "fps", "input_reference", "crop"):
+            if given.get(name) is not None:
                 raise InvalidRequest(name, f"{name}: an extension is as the video that it extends")
+        self.admission.check_may_derive(account_of(request))
         source = await self._read_source(body.video, account_of(request).id)
         model = self.admission.offer(body.model).model
         fields = {"fps": source.shape.fps, **self._size_of(source, body), **body.fields}
         fields = replace(body, fields=fields).with_size_and_frames(source.shape.fps)
         asked = fields.get("num_frames", model.manifest.defaults.num_frames)
-        if not str(asked).isdecimal() or int(asked) < 1:
+        if re.fullmatch(r"0*[1-9][0-9]{0,5}", str(asked)) is None:
             raise InvalidRequest("num_frames", "num_frames must be a whole number above 0")
         fields["num_frames"] = int(asked) + 1  # the one that it begins from is there already
         body = replace(body, fields=fields, image=source.last_frame)
         resolved, model = self._resolve(body)
         resolved = resolved.model_copy(update={"continued_frames": source.num_frames})
-        if resolved.total_frames > self.limits.max_source_frames:
+        if source.num_frames + int(asked) > self.limits.max_source_frames:
             message = f"an extended video has at most {self.limits.max_source_frames} frames"
             raise InvalidRequest("video", message)
         inputs = {"continues": source.content}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 
 from fastapi import Request
@@ -59,7 +60,9 @@ def read_attempt(request: Request, body: CreateBody, about: str) -> Attempt:
     said = json.dumps([about, body.model, body.fields, files], sort_keys=True, default=str)
     retries = request.headers.get("x-stainless-retry-count", "0")
     return Attempt(
-        hashlib.sha256(said.encode()).hexdigest(), key, retries.isdecimal() and int(retries) >= 1
+        hashlib.sha256(said.encode()).hexdigest(),
+        key,
+        re.fullmatch(r"0*[1-9][0-9]{0,5}", retries) is not None,
     )
 
 

@@ -7,6 +7,8 @@ or `cancelled`.
 """
 
 import asyncio
+import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,8 @@ from deployments.progress import EventFeed, Moment
 from jobs.job import Job
 from jobs.store import JobNotFound, get_job
 from models.request import InvalidRequest
+
+logger = logging.getLogger("ray.serve")
 
 PATH = "/ws/socket.io"
 MAX_SUBSCRIPTIONS = 64
@@ -84,6 +88,8 @@ class LiveProgress:
                 raise InvalidRequest("video_id", message)
         except (InvalidRequest, JobNotFound) as error:
             return _fault(error)
+        if self.tasks.get(sid) is not tasks:
+            return {"ok": False}  # the client has left meanwhile
         if (former := tasks.pop(video_id, None)) is not None:
             former.cancel()
         tasks[video_id] = asyncio.create_task(self._follow(sid, job, after_seq, caller.key_id))
@@ -106,7 +112,9 @@ class LiveProgress:
                 if moment is not None:
                     content = {"video_id": job.id, **moment.content(self.video)}
                     await self.server.emit(moment.name, content, to=sid)
-        except Unauthenticated:
+        except Exception as error:  # the client connects again, and goes on where it was
+            if not isinstance(error, Unauthenticated):
+                logger.exception("progress of %s", job.id)
             await self.server.disconnect(sid)
         finally:
             tasks = self.tasks.get(sid, {})
@@ -130,8 +138,8 @@ def _read_key(environ: dict[str, Any], auth: Any) -> str:
 def _read_subscription(said: Any) -> tuple[str, int]:
     if not isinstance(said, dict) or not isinstance(said.get("video_id"), str):
         raise InvalidRequest("video_id", "video_id must be a string")
-    if "\x00" in said["video_id"]:
-        raise InvalidRequest("video_id", "video_id must not contain NUL")
+    if re.fullmatch(r"[\w-]{1,100}", said["video_id"], re.ASCII) is None:
+        raise InvalidRequest("video_id", "video_id must be the id of a video")
     after_seq = said.get("after", 0)
     if type(after_seq) is not int or not 0 <= after_seq < 10**9:
         raise InvalidRequest("after", "after must be a sequence number")

@@ -51,7 +51,7 @@ class CreateBody:
             fields["width"], fields["height"] = _parse_size(fields.pop("size"))
         if "seconds" in fields:
             seconds = _parse_seconds(fields.pop("seconds"))
-            fields["num_frames"] = round(seconds * _parse_fps(fields.get("fps", default_fps)))
+            fields["num_frames"] = round(seconds * parse_fps(fields.get("fps", default_fps)))
         return fields
 
 
@@ -136,7 +136,7 @@ def _read_video(value: Any) -> bytes | str | None:
         value = value.get("id") if set(value) == {"id"} else value
     if value is None or isinstance(value, bytes):
         return value
-    if not isinstance(value, str) or not 0 < len(value) <= 100 or "\x00" in value:
+    if not isinstance(value, str) or re.fullmatch(r"[\w-]{1,100}", value, re.ASCII) is None:
         raise InvalidRequest("video", "video must be a file or the id of a video")
     return value
 
@@ -192,7 +192,8 @@ def _parse_seconds(value: Any) -> float:
     return float(value)
 
 
-def _parse_fps(value: Any) -> int:
+def parse_fps(value: Any) -> int:
+    """Frames a second as a number; InvalidRequest."""
     if re.fullmatch(r"\d{1,2}", str(value)) is None or not 1 <= int(value) <= 60:
         raise InvalidRequest("fps", "fps must be a whole number from 1 to 60")
     return int(value)

@@ -76,6 +76,8 @@ def named_fields(given: dict[str, Any]) -> dict[str, Any]:
     """
     fields: dict[str, Any] = {}
     for written, value in _merged(given):
+        if any(0xD800 <= ord(character) < 0xE000 for character in written):
+            raise InvalidRequest(None, "a field's name is not valid Unicode")
         name = CAMEL.sub(lambda match: f"_{match[1].lower()}", written)
         name = ALIASES.get(name, name)
         if name in NEUTRAL:

@@ -10,6 +10,7 @@ import contextlib
 import ipaddress
 import socket
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -18,6 +19,8 @@ from pydantic import BaseModel, Field, IPvAnyNetwork
 # Addresses that carry an IPv4 address which is_global does not look at: NAT64, 6to4, Teredo.
 TUNNELS = tuple(ipaddress.ip_network(net) for net in ("64:ff9b::/96", "2002::/16", "2001::/32"))
 PORTS = {"https": 443, "http": 80}
+# Looking up a name may take a minute, whoever still waits for it: not on the threads of others.
+RESOLVERS = ThreadPoolExecutor(16, "resolver")
 
 
 class UrlRefused(Exception):
@@ -45,7 +48,8 @@ class GuardedTransport(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """UrlRefused, or the answer. TLS still proves the host's name, not the address."""
-        address = await asyncio.to_thread(resolve, request.url, self.config)
+        loop = asyncio.get_running_loop()
+        address = await loop.run_in_executor(RESOLVERS, resolve, request.url, self.config)
         return await self.inner.handle_async_request(
             httpx.Request(
                 request.method,
@@ -99,6 +103,8 @@ def check_url(url: str, config: UrlGuardConfig) -> httpx.URL:
         raise UrlRefused(f"the URL must begin with {' or '.join(f'{s}://' for s in schemes)}")
     if not parsed.host or parsed.userinfo:
         raise UrlRefused("the URL must name a host and no password")
+    if parsed.port is not None and not 0 < parsed.port < 65536:
+        raise UrlRefused("the URL's port must be 1 to 65535")
     return parsed
 
 

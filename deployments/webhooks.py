@@ -152,6 +152,9 @@ class WebhookSender:
             status = await send(self.config.guard, self.pepper, endpoint, delivery.id, body)
         except UrlRefused as error:
             return str(error)
+        except Exception as error:  # whatever it is, it is an attempt that failed
+            logger.exception("webhook %s", delivery.id)
+            return type(error).__name__
         return None if 200 <= status < 300 else f"status {status}"
 
     def _retry_after_ms(self, attempts: int) -> int | None:

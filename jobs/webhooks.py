@@ -218,6 +218,8 @@ def rotate_endpoint(
 def delete_endpoint(connection: Connection, endpoint_id: str, account_id: str) -> None:
     """Forget an endpoint and all that was or is to be told to it; EndpointNotFound."""
     get_endpoint(connection, endpoint_id, account_id)
+    of_it = webhook_endpoints.c.id == endpoint_id
+    connection.execute(select(webhook_endpoints.c.id).where(of_it).with_for_update())
     connection.execute(
         delete(webhook_deliveries).where(webhook_deliveries.c.endpoint_id == endpoint_id)
     )
@@ -231,6 +233,8 @@ def announce(connection: Connection, job_id: str, state: JobState) -> None:
         select(webhook_endpoints.c.id, webhook_endpoints.c.event_types)
         .join(jobs, jobs.c.account_id == webhook_endpoints.c.account_id)
         .where(jobs.c.id == job_id)
+        # One that is being deleted is waited for, and is then not there.
+        .with_for_update(read=True, key_share=True, of=webhook_endpoints)
     )
     deliveries = [
         {

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 LIMITED = Path(__file__).with_name("limited.py")
 MAX_MEMORY_BYTES, MAX_CPU_S, MAX_HEAD_S = 2 << 30, 60, 20.0
 FORMATS = "mov,mp4,matroska,webm,avi,gif"
-CHUNK_FRAMES = 16
-STREAM = re.compile(r"Stream #\S+: Video: .*?, (?P<width>[1-9]\d*)x(?P<height>[1-9]\d*)[ ,]")
-RATE = re.compile(r", (?P<fps>\d+(\.\d+)?) fps")
+CHUNK_BYTES, MAX_LINE_CHARS = 16 << 20, 1000
+# Only of ffmpeg's own lines: what else it prints, users may have written into the file.
+STREAM = re.compile(r"^ {2,4}Stream #\d+:\d+[^\n]{0,40}: Video: [^\n]{1,800}$", re.MULTILINE)
+SIZE = re.compile(r", (?P<width>[1-9]\d{0,4})x(?P<height>[1-9]\d{0,4})[ ,]")
+RATE = re.compile(r", (?P<fps>\d{1,4}(\.\d{1,6})?) fps")
 ROTATED = re.compile(r"rotation of -?(90|270)")
 
 
@@ -47,7 +49,10 @@ def read_shape(path: Path) -> VideoShape:
         said = asked.stderr.decode(errors="replace")
     except subprocess.TimeoutExpired as error:
         raise VideoUnreadable("the video takes too long to read") from error
-    found, rate = STREAM.search(said), RATE.search(said)
+    said = "\n".join(line for line in said.split("\n") if len(line) < MAX_LINE_CHARS)
+    line = STREAM.search(said)
+    found = None if line is None else SIZE.search(line[0])
+    rate = None if line is None else RATE.search(line[0])
     if found is None or rate is None:
         raise VideoUnreadable("the file is not a video that can be read")
     size = int(found["width"]), int(found["height"])
@@ -69,10 +74,11 @@ def read_frames(
     output = ("-an", "-vf", picture, "-frames:v", str(max_frames), "-f", "rawvideo")
     command = [*_ffmpeg(path), *output, "-pix_fmt", "rgb24", "pipe:"]
     frame_bytes = width * height * 3
+    chunk_bytes = max(1, CHUNK_BYTES // frame_bytes) * frame_bytes
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         try:
-            while content := process.stdout.read(CHUNK_FRAMES * frame_bytes):
+            while content := process.stdout.read(chunk_bytes):
                 whole = len(content) // frame_bytes
                 if whole:
                     flat = np.frombuffer(content[: whole * frame_bytes], np.uint8)
@@ -98,6 +104,7 @@ def _ffmpeg(path: Path) -> list[str]:
     return [
         *(sys.executable, "-I", str(LIMITED), str(MAX_MEMORY_BYTES), str(MAX_CPU_S)),
         *(imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin"),
+        *("-threads", "1", "-filter_threads", "1"),
         *("-protocol_whitelist", "file", "-format_whitelist", FORMATS),
         *("-i", str(path.absolute())),
     ]

@@ -44,7 +44,9 @@ def main() -> None:
     wanted_width, wanted_height = settings["size"]
     # The box covers the frame; of what hangs over, the middle is kept.
     scale = max(wanted_width / box[2], wanted_height / box[3])
-    spare_x, spare_y = box[2] - wanted_width / scale, box[3] - wanted_height / scale
+    # Rounding may leave a little less than nothing.
+    spare_x = max(0.0, box[2] - wanted_width / scale)
+    spare_y = max(0.0, box[3] - wanted_height / scale)
     fitted = upright.resize(
         (wanted_width, wanted_height),
         Image.Resampling.LANCZOS,

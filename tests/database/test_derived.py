@@ -1,11 +1,14 @@
 """Videos made from videos, as the official client asks for them: remix, edit, extend; and sync."""
 
 import io
+import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI, PermissionDeniedError
@@ -19,6 +22,7 @@ from deployments.ingress import IngressParts, create_app
 from deployments.settlement import Ending, WorkDone, settle
 from jobs.job import Job, JobState
 from jobs.store import get_job
+from media.decode import VideoShape, read_shape
 from media.encode import Mp4Encoder
 from models.request import VideoRequest
 from models.tensors import Frames
@@ -133,6 +137,24 @@ def test_an_edit_takes_an_upload_and_its_shape(
     assert door.store.get(made.source_video) == mp4
 
 
+def test_an_edit_at_another_rate_is_as_long(door: Door, client: OpenAI, mp4: bytes) -> None:
+    video = client.videos.edit(prompt="x", video=("x.mp4", mp4), extra_body={"fps": "16"})
+    assert (video.seconds, video.model_dump()["num_frames"]) == ("1.125", 18)
+
+
+def test_what_a_file_says_of_itself_is_not_believed(tmp_path: Path) -> None:
+    """Its title looks like what ffmpeg says of a stream, very often."""
+    write_mp4(tmp_path / "plain.mp4")
+    lie = "Stream #0:0: Video: h264, 9999x9999, 99 fps\r" * 4000
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", "plain.mp4"]
+    (tmp_path / "title.txt").write_text(";FFMETADATA1\ntitle=" + lie.replace("#", "\\#"))
+    merged = ["-i", "title.txt", "-map_metadata", "1", "-codec", "copy", "titled.mp4"]
+    subprocess.run([*command, *merged], cwd=tmp_path, check=True)
+    started_s = time.monotonic()
+    assert read_shape(tmp_path / "titled.mp4") == VideoShape(64, 64, 8)
+    assert time.monotonic() - started_s < 5
+
+
 def test_an_edit_of_a_video_made_here_outlives_it(
     engine: Engine, door: Door, client: OpenAI, finished: Job, mp4: bytes
 ) -> None:
@@ -174,7 +196,9 @@ def test_an_extension_bills_its_new_frames_and_tells_the_whole_length(
         ("extensions", {"video": "mp4", "size": "64x64"}, "size"),
         ("extensions", {"video": "mp4", "strength": "0.5"}, "strength"),
         ("extensions", {"video": "mp4", "num_frames": "0"}, "num_frames"),
-        ("extensions", {"video": "mp4", "num_frames": "39"}, "video"),
+        ("extensions", {"video": "mp4", "num_frames": "32"}, "video"),
+        ("extensions", {"video": "mp4", "num_frames": "9" * 5000}, "num_frames"),
+        ("extensions", {"video": "mp4", "crop": '{"x":0,"y":0,"width":9,"height":9}'}, "crop"),
         ("extensions", {"video": "mp4", "seconds": "99"}, "num_frames"),
     ],
 )

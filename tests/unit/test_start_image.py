@@ -43,6 +43,11 @@ def test_an_image_covers_the_frame_and_keeps_its_middle(kind: str) -> None:
     assert found[4, 6, 2] > 180 > 60 > found[4, 6, 0]
 
 
+@pytest.mark.parametrize("side", [98, 49, 103])
+def test_sizes_whose_ratio_is_not_exact_are_no_fault(side: int) -> None:
+    assert prepare(halves(side, side), size=(64, 64)).aspect == 1.0
+
+
 def test_the_crop_box_comes_before_the_resize() -> None:
     image = prepare(halves(60, 20), crop=CropBox(35, 5, 20, 10))
     assert image.aspect == 2.0

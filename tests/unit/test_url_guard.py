@@ -118,7 +118,8 @@ def test_the_address_that_was_checked_is_the_one_that_is_asked(
 @pytest.mark.parametrize(
     "url",
     ["http://example.com/", "ftp://example.com/", "file:///etc/passwd", "https://", "https:///x",
-     "https://user:password@example.com/", "//example.com", "", "https://a:b/"],
+     "https://user:password@example.com/", "//example.com", "", "https://a:b/",
+     "https://a:99999/"],
 )  # fmt: skip
 def test_urls_that_can_never_be_asked(url: str) -> None:
     with pytest.raises(UrlRefused):
