@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -50,11 +51,28 @@ SPAWN = multiprocessing.get_context("spawn")
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Answers a second over all clients, and how long they took."""
+    """Answers a second over all clients, how long they took, and the server process's CPU for one.
+
+    The database's own CPU, on PostgreSQL, is not in it.
+    """
 
     per_s: float
+    cpu_ms: float
     p50_ms: float
     p99_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A process that serves, and its port."""
+
+    process: psutil.Process
+    port: int
+
+    def cpu_s(self) -> float:
+        """CPU seconds, user and system, since it started."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
 
 
 class BaselineBody(BaseModel):
@@ -72,7 +90,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of each case")
     arguments = parser.parse_args()
     print(describe_machine())
-    print(f"{'':20}{'clients':>8}{'answers/s':>11}{'of it':>7}{'p50 ms':>8}{'p99 ms':>8}")
+    print(
+        f"{'':20}{'clients':>8}{'answers/s':>11}{'of it':>7}{'p50 ms':>8}{'p99 ms':>8}{'CPU ms':>8}"
+    )
     clients = ProcessPoolExecutor(max(CLIENTS), mp_context=multiprocessing.get_context("fork"))
     list(clients.map(time.sleep, [0.2] * max(CLIENTS)))  # forked now, while there is one thread
     with clients, contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
@@ -84,36 +104,37 @@ def main() -> None:
             "postgresql": stack.enter_context(fresh_database(server)),
             "sqlite": stack.enter_context(fresh_sqlite()),
         }
-        ports = {"validation alone": stack.enter_context(serving(serve_baseline))}
+        servers = {"validation alone": stack.enter_context(serving(serve_baseline))}
         for kind, url in urls.items():
             make_account(url)
             home = str(Path(folder) / kind)
-            ports[kind] = stack.enter_context(serving(serve_ingress, url, home, str(checkpoint)))
-        result = measure(clients, ports, arguments.seconds, arguments.rounds)
+            servers[kind] = stack.enter_context(serving(serve_ingress, url, home, str(checkpoint)))
+        result = measure(clients, servers, arguments.seconds, arguments.rounds)
     print(json.dumps({**result.pop("postgresql"), **result}))
 
 
 def measure(
-    clients: ProcessPoolExecutor, ports: dict[str, int], seconds: float, rounds: int
+    clients: ProcessPoolExecutor, servers: dict[str, Server], seconds: float, rounds: int
 ) -> dict[str, Any]:
     """All cases take turns in each round; the medians of the rounds are printed."""
     result: dict[str, Any] = {}
     for num_clients in CLIENTS:
-        rates: dict[str, list[Rate]] = {kind: [] for kind in ports}
+        rates: dict[str, list[Rate]] = {kind: [] for kind in servers}
         for _ in range(rounds):
-            for kind, port in ports.items():
-                rates[kind].append(run(clients, port, num_clients, seconds))
+            for kind, server in servers.items():
+                rates[kind].append(run(clients, server, num_clients, seconds))
         baseline = rates["validation alone"]
         for kind, found in rates.items():
             ratio = statistics.median(
                 ours.per_s / theirs.per_s for ours, theirs in zip(found, baseline, strict=True)
             )
-            per_s, p50_ms, p99_ms = (
+            per_s, p50_ms, p99_ms, cpu_ms = (
                 statistics.median(getattr(rate, name) for rate in found)
-                for name in ("per_s", "p50_ms", "p99_ms")
+                for name in ("per_s", "p50_ms", "p99_ms", "cpu_ms")
             )
             print(
-                f"{kind:20}{num_clients:8}{per_s:11.0f}{ratio:7.2f}{p50_ms:8.1f}{p99_ms:8.1f}",
+                f"{kind:20}{num_clients:8}{per_s:11.0f}{ratio:7.2f}"
+                f"{p50_ms:8.1f}{p99_ms:8.1f}{cpu_ms:8.2f}",
                 flush=True,
             )
             if kind != "validation alone":
@@ -125,13 +146,18 @@ def measure(
     return result
 
 
-def run(clients: ProcessPoolExecutor, port: int, num_clients: int, seconds: float) -> Rate:
+def run(clients: ProcessPoolExecutor, server: Server, num_clients: int, seconds: float) -> Rate:
     """One round: every client sends one request after the other."""
     start_at = time.time() + 1.0
-    sent = [clients.submit(send, port, start_at, start_at + seconds) for _ in range(num_clients)]
+    sent = [
+        clients.submit(send, server.port, start_at, start_at + seconds) for _ in range(num_clients)
+    ]
+    before_s = server.cpu_s()
     latencies_ms = [latency for finished in sent for latency in finished.result()]
+    cpu_s = server.cpu_s() - before_s
     return Rate(
         len(latencies_ms) / seconds,
+        1000 * cpu_s / len(latencies_ms),
         statistics.median(latencies_ms),
         statistics.quantiles(latencies_ms, n=100)[98],
     )
@@ -169,8 +195,8 @@ def make_account(url: str) -> None:
 
 
 @contextlib.contextmanager
-def serving(target: Callable[..., None], *arguments: str) -> Iterator[int]:
-    """The port of a server in a process of its own."""
+def serving(target: Callable[..., None], *arguments: str) -> Iterator[Server]:
+    """A server in a process of its own."""
     ours, theirs = SPAWN.Pipe()
     process = SPAWN.Process(target=target, args=(theirs, *arguments))
     process.start()
@@ -178,7 +204,7 @@ def serving(target: Callable[..., None], *arguments: str) -> Iterator[int]:
         port = ours.recv()
         while not _answers(port):
             time.sleep(0.1)
-        yield port
+        yield Server(psutil.Process(process.pid), port)
     finally:
         process.terminate()
         process.join()

@@ -254,10 +254,9 @@ def settle(
 ) -> Credits:
     """Charge part or all of a reservation and give back the rest, which is returned.
 
-    more_bytes: by how much the video is longer than the room that was held for it.
-
-    expired: the rest goes back because nobody finished the job. AlreadySettled if it was settled
-    before; ValueError if confirmed is above it.
+    expired: the rest goes back because nobody finished the job. more_bytes: by how much the video
+    is longer than the room that was held for it. AlreadySettled if it was settled before;
+    ValueError if confirmed is above it.
     """
     row = connection.execute(select(reservations).where(reservations.c.id == reservation_id)).one()
     if not 0 <= confirmed <= row.amount:

@@ -65,8 +65,6 @@ class Admission:
 
     def find_first(self, account: Account, attempt: Attempt) -> Job | None:
         """The job that an earlier sending of the same request made; IdempotencyConflict."""
-        if attempt.is_first:
-            return None
         with reader(self.engine).begin() as connection:
             return attempt.find_first(connection, account.id)
 
@@ -78,6 +76,11 @@ class Admission:
         limits = self.plans.limits[account.plan]
         check_plan(account.plan, limits, request, offer.model.frame_stride)
         return choose_tier(offer.served_on, account.plan, request)
+
+    def find_model(self, model_id: str) -> Model | None:
+        """The model of that name, if it is still deployed."""
+        offer = self.offers.get(model_id)
+        return None if offer is None else offer.model
 
     def check_may_derive(self, account: Account) -> None:
         """AccountDisabled or PlanForbids, before a video is decoded that is of no use."""
@@ -94,10 +97,9 @@ class Admission:
     ) -> Job:
         """Refuse, or store the inputs, reserve the price and queue the job.
 
-        An attempt that was made before is answered with the job that it made then.
+        An attempt that is made twice at once is answered with the one job of both; whether it was
+        made long before, the caller has asked (`find_first`).
         """
-        if attempt is not None and (first := self.find_first(account, attempt)) is not None:
-            return first
         job_id = JobId(f"video_{uuid.uuid4().hex}")
         keys = {name: _input_key(job_id, name) for name in inputs}
         request = request.model_copy(update=keys)

@@ -49,7 +49,7 @@ class Authenticator:
         As a dependency of a router it comes before every fault of parameters.
         """
         try:
-            caller = self.identify(bearer(request))
+            caller = self.identify(bearer(request.headers.get("authorization", "")))
         except RateLimited as error:
             request.state.allowance = error.allowance
             raise
@@ -91,7 +91,8 @@ class AdminAuthenticator:
 
     def __call__(self, request: Request) -> None:
         """Unauthenticated for every other key."""
-        if not hmac.compare_digest(bearer(request).encode(), self.admin_key):
+        given = bearer(request.headers.get("authorization", ""))
+        if not hmac.compare_digest(given.encode(), self.admin_key):
             raise Unauthenticated
 
 
@@ -101,9 +102,9 @@ def keyed_router(authenticate: "Authenticator | AdminAuthenticator", prefix: str
     return APIRouter(prefix=prefix, dependencies=dependencies, responses=refusals(*REFUSALS))
 
 
-def bearer(request: Request) -> str:
-    """The key of `Authorization: Bearer KEY`; Unauthenticated without one."""
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+def bearer(authorization: str) -> str:
+    """The key of the header `Authorization: Bearer KEY`; Unauthenticated without one."""
+    scheme, _, key = authorization.partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
         raise Unauthenticated
     return key.strip()

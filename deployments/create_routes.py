@@ -1,5 +1,6 @@
 """The routes that make videos: from words, from an image, from another video; and their price."""
 
+import asyncio
 import re
 from dataclasses import replace
 from typing import Any, Protocol
@@ -12,20 +13,20 @@ from starlette.concurrency import run_in_threadpool
 from deployments.admission import Admission, Inputs
 from deployments.authentication import Authenticator, account_of, caller_of, keyed_router
 from deployments.config import LimitsConfig
-from deployments.database import reader
+from deployments.database import single_reader
 from deployments.errors import VideoFailed, VideoNotReady
 from deployments.estimate import make_estimate
-from deployments.idempotency import read_attempt
+from deployments.idempotency import Attempt, read_attempt
 from deployments.openapi import CREATE_BODY, DERIVE_BODY, REMIX_BODY
 from deployments.progress import EventFeed
 from deployments.request_body import CreateBody, parse_fps, read_create_body
-from deployments.source_video import SourceVideo, find_source, read_source
+from deployments.source_video import SourceVideo, read_source
 from deployments.url_guard import UrlGuardConfig, UrlRefused, fetch
 from deployments.wire import POLL_AFTER_MS, STATUSES, quote_json, video_json
 from jobs.job import Job, JobState
 from jobs.store import get_job
 from media.object_store import LocalObjectStore
-from models.catalog import Model
+from media.renditions import Rendition, rendition_key
 from models.request import InvalidRequest, NotSupported, VideoRequest
 from models.start_image import prepare_start_image
 
@@ -35,6 +36,7 @@ REMIXED = (
     "num_steps", "guidance_scale", "flow_shift", "motion_strength", "seed",
 )  # fmt: skip
 EDIT_STRENGTH = 0.6
+DECODED_AT_ONCE = 2
 PENDING = "inputs/pending"
 
 
@@ -67,6 +69,8 @@ class CreateRoutes:
         self.image_urls = image_urls
         self.wake = wake
         self.feed = feed
+        # Decoding takes a core and some memory; what more of it is asked for waits.
+        self.decoding = asyncio.Semaphore(DECODED_AT_ONCE)
 
     def router(self) -> APIRouter:
         """All routes; each needs an API key."""
@@ -132,10 +136,17 @@ class CreateRoutes:
     async def remix(self, request: Request, video_id: str) -> JSONResponse:
         """The same video with other words: its settings and its seed, unless they are given."""
         body = await read_create_body(request)
-        job = await run_in_threadpool(self._find, video_id, account_of(request).id)
+        attempt = read_attempt(request, body, f"remix {video_id}")
+        if (first := await self._find_first(request, attempt)) is not None:
+            return self._answer(first)
+        job = await run_in_threadpool(self._find_finished, video_id, account_of(request).id)
         former = VideoRequest.model_validate(job.request)
         if former.source_video is not None or former.continues is not None:
             raise NotSupported("video_id", "edited and extended videos cannot be remixed")
+        if body.model not in (None, job.model):
+            raise InvalidRequest("model", f"a remix is made by the video's own model, {job.model}")
+        if "prompt" not in body.fields:
+            raise InvalidRequest("prompt", "prompt is required")
         if former.start_image is not None and body.image is None:  # its file is gone by now
             source = await self._read_source(job.id, account_of(request).id)
             body = replace(body, image=source.first_frame)
@@ -144,34 +155,30 @@ class CreateRoutes:
             del kept["width"], kept["height"]
         if "seconds" in body.fields:
             del kept["num_frames"]
-        if body.model not in (None, job.model):
-            raise InvalidRequest("model", f"a remix is made by the video's own model, {job.model}")
-        if "prompt" not in body.fields:
-            raise InvalidRequest("prompt", "prompt is required")
         body = replace(body, model=job.model, fields={**kept, **body.fields})
-        resolved, model = self._resolve(body)
-        resolved = resolved.model_copy(update={"remixed_from": job.id})
-        about = f"remix {job.id}"
-        return self._answer(await self._admit(request, body, model, resolved, {}, about))
+        resolved = self._resolve(body).model_copy(update={"remixed_from": job.id})
+        return self._answer(await self._admit(request, body, resolved, {}, attempt))
 
     async def edit(self, request: Request) -> JSONResponse:
         """Change a video towards new words; strength says how much of it is made anew."""
         body = await read_create_body(request, derived=True)
+        attempt = read_attempt(request, body, "edit")
+        if (first := await self._find_first(request, attempt)) is not None:
+            return self._answer(first)
         self.admission.check_may_derive(account_of(request))
         source = await self._read_source(body.video, account_of(request).id)
-        fields = {
-            "strength": EDIT_STRENGTH,
-            "fps": source.shape.fps,
-            **self._size_of(source, body),
-            **body.fields,
-        }
-        if "seconds" not in fields and "num_frames" not in fields:
-            lasts_s = source.num_frames / source.shape.fps
-            fields["num_frames"] = max(1, round(lasts_s * parse_fps(fields["fps"])))
+        size = {} if "size" in body.fields else _size_of(source)
+        fields = {"strength": EDIT_STRENGTH, "fps": source.shape.fps, **size, **body.fields}
+        num_frames = source.frames_at(parse_fps(fields["fps"]))
+        if "seconds" not in fields:
+            fields.setdefault("num_frames", num_frames)
         body = replace(body, fields=fields)
-        resolved, model = self._resolve(body)
+        resolved = self._resolve(body)
+        if resolved.num_frames > num_frames:
+            message = f"the video has {num_frames} frames at {resolved.fps} a second"
+            raise InvalidRequest("num_frames", message)
         inputs = {"source_video": source.content}
-        return self._answer(await self._admit(request, body, model, resolved, inputs, "edit"))
+        return self._answer(await self._admit(request, body, resolved, inputs, attempt))
 
     async def extend(self, request: Request) -> JSONResponse:
         """Go on from a video's last frame; the result is both, one after the other."""
@@ -180,23 +187,25 @@ class CreateRoutes:
         for name in ("strength", "size", "width", "height", "fps", "input_reference", "crop"):
             if given.get(name) is not None:
                 raise InvalidRequest(name, f"{name}: an extension is as the video that it extends")
+        attempt = read_attempt(request, body, "extend")
+        if (first := await self._find_first(request, attempt)) is not None:
+            return self._answer(first)
         self.admission.check_may_derive(account_of(request))
         source = await self._read_source(body.video, account_of(request).id)
-        model = self.admission.offer(body.model).model
-        fields = {"fps": source.shape.fps, **self._size_of(source, body), **body.fields}
+        fields = {"fps": source.shape.fps, **_size_of(source), **body.fields}
         fields = replace(body, fields=fields).with_size_and_frames(source.shape.fps)
-        asked = fields.get("num_frames", model.manifest.defaults.num_frames)
+        defaults = self.admission.offer(body.model).model.manifest.defaults
+        asked = fields.get("num_frames", defaults.num_frames)
         if re.fullmatch(r"0*[1-9][0-9]{0,5}", str(asked)) is None:
             raise InvalidRequest("num_frames", "num_frames must be a whole number above 0")
         fields["num_frames"] = int(asked) + 1  # the one that it begins from is there already
         body = replace(body, fields=fields, image=source.last_frame)
-        resolved, model = self._resolve(body)
-        resolved = resolved.model_copy(update={"continued_frames": source.num_frames})
+        resolved = self._resolve(body).model_copy(update={"continued_frames": source.num_frames})
         if source.num_frames + int(asked) > self.limits.max_source_frames:
             message = f"an extended video has at most {self.limits.max_source_frames} frames"
             raise InvalidRequest("video", message)
         inputs = {"continues": source.content}
-        return self._answer(await self._admit(request, body, model, resolved, inputs, "extend"))
+        return self._answer(await self._admit(request, body, resolved, inputs, attempt))
 
     async def refuse_characters(self) -> None:
         """The API has characters; no model here does."""
@@ -204,40 +213,43 @@ class CreateRoutes:
 
     async def _create(self, request: Request) -> Job:
         body = await read_create_body(request)
-        resolved, model = self._resolve(body)
-        return await self._admit(request, body, model, resolved, {}, "create")
+        attempt = read_attempt(request, body, "create")
+        if (first := await self._find_first(request, attempt)) is not None:
+            return first
+        return await self._admit(request, body, self._resolve(body), {}, attempt)
 
-    def _resolve(self, body: CreateBody) -> tuple[VideoRequest, Model]:
-        model = self.admission.offer(body.model).model
-        return body.resolve(model, self.limits), model
+    async def _find_first(self, request: Request, attempt: Attempt) -> Job | None:
+        """What was made of this request before, whatever has become of its video since."""
+        if attempt.is_first:
+            return None
+        return await run_in_threadpool(self.admission.find_first, account_of(request), attempt)
+
+    def _resolve(self, body: CreateBody) -> VideoRequest:
+        return body.resolve(self.admission.offer(body.model).model, self.limits)
 
     async def _admit(
         self,
         request: Request,
         body: CreateBody,
-        model: Model,
         resolved: VideoRequest,
         inputs: Inputs,
-        about: str,
+        attempt: Attempt,
     ) -> Job:
         """Refuse what can be refused before an image is fetched and decoded, then admit."""
         account = account_of(request)
-        attempt = read_attempt(request, body, about)
         if body.image is not None:
-            first = await run_in_threadpool(self.admission.find_first, account, attempt)
-            if first is not None:
-                return first
             named = dict.fromkeys([*inputs, "start_image"], PENDING)
             self.admission.check(account, resolved.model_copy(update=named))
             content = await self._read_image(body.image)
-            image = await run_in_threadpool(
-                prepare_start_image,
-                content,
-                size=(resolved.width, resolved.height),
-                crop=body.crop,
-                limits=self.limits.image,
-                param="input_reference",
-            )
+            async with self.decoding:
+                image = await run_in_threadpool(
+                    prepare_start_image,
+                    content,
+                    size=(resolved.width, resolved.height),
+                    crop=body.crop,
+                    limits=self.limits.image,
+                    param="input_reference",
+                )
             resolved = resolved.model_copy(update={"start_image_aspect": image.aspect})
             inputs = {**inputs, "start_image": image.png}
         elif body.crop is not None:
@@ -255,24 +267,28 @@ class CreateRoutes:
             raise InvalidRequest("input_reference", f"input_reference: {error}") from error
 
     async def _read_source(self, video: bytes | str | None, account_id: str) -> SourceVideo:
-        content = await run_in_threadpool(find_source, self.engine, self.store, account_id, video)
-        return await run_in_threadpool(read_source, content, self.limits)
+        if video is None:
+            raise InvalidRequest("video", "video is required: a file, or the id of a video")
+        if isinstance(video, str):
+            job = await run_in_threadpool(self._find_finished, video, account_id)
+            video = await run_in_threadpool(self.store.get, rendition_key(job.id, Rendition.VIDEO))
+        async with self.decoding:
+            return await run_in_threadpool(read_source, video, self.limits)
 
-    def _size_of(self, source: SourceVideo, body: CreateBody) -> dict[str, int]:
-        if "size" in body.fields:
-            return {}
-        return {"width": source.shape.width, "height": source.shape.height}
-
-    def _find(self, video_id: str, account_id: str) -> Job:
-        with reader(self.engine).begin() as connection:
+    def _find_finished(self, video_id: str, account_id: str) -> Job:
+        with single_reader(self.engine).begin() as connection:
             job = get_job(connection, video_id, account_id)
         if job.video_key is None:
             raise VideoNotReady(job.id, job.state)
         return job
 
     def _answer(self, job: Job) -> JSONResponse:
-        return JSONResponse(self._video(job), headers={"openai-poll-after-ms": POLL_AFTER_MS})
+        headers = {"openai-poll-after-ms": POLL_AFTER_MS}
+        return JSONResponse(self._video(job), headers=headers)
 
     def _video(self, job: Job) -> dict[str, Any]:
-        offer = self.admission.offers.get(job.model)
-        return video_json(job, None if offer is None else offer.model)
+        return video_json(job, self.admission.find_model(job.model))
+
+
+def _size_of(source: SourceVideo) -> dict[str, Any]:
+    return {"width": source.shape.width, "height": source.shape.height}

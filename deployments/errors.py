@@ -16,8 +16,9 @@ from credits.plans import PlanForbids, StorageFull, TooManyJobs
 from credits.rates import RateLimited
 from deployments.origin import ForeignPackage
 from deployments.url_guard import UrlRefused
+from jobs.outbox import DeliveryNotFound
 from jobs.store import IdempotencyConflict, JobNotFound, LeaseLost
-from jobs.webhooks import DeliveryNotFound, EndpointNotFound
+from jobs.webhooks import EndpointNotFound
 from media.decode import VideoUnreadable
 from media.encode import MediaEncodingFailed
 from media.object_store import ObjectNotFound

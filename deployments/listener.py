@@ -55,7 +55,8 @@ class EventListener:
         """Stop listening."""
         if self.task is not None:
             self.task.cancel()
-            await asyncio.gather(self.task, return_exceptions=True)
+            with contextlib.suppress(asyncio.CancelledError):
+                await self.task
 
     async def _listen(self, url: str) -> None:
         while True:
@@ -68,8 +69,8 @@ class EventListener:
                     self._wake(list(self.waiting))  # of what was said before, nothing was heard
                     async for notify in connection.notifies():
                         self._wake([notify.payload])
-            except psycopg.OperationalError:
-                logger.warning("the database is away: job events are polled for")
+            except psycopg.OperationalError as error:
+                logger.warning("the database is away, job events are polled for: %s", error)
             finally:
                 self.is_listening = False
             await asyncio.sleep(RECONNECT_S)

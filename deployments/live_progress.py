@@ -2,8 +2,7 @@
 
 Websocket transport alone: long polling would need every request of a client to reach the same
 replica. A client connects with `auth: {"token": KEY}` (or the Authorization header), then emits
-`subscribe {"video_id": ID, "after": SEQ}` and receives `progress`, and last `completed`, `failed`
-or `cancelled`.
+`subscribe {"video_id": ID, "after": SEQ}` and receives `progress`, last `completed` or `failed`.
 """
 
 import asyncio
@@ -15,11 +14,12 @@ from typing import Any
 import socketio
 from socketio.exceptions import ConnectionRefusedError
 from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
 from starlette.concurrency import run_in_threadpool
 
 from credits.api_keys import KeyId, Unauthenticated
 from credits.rates import RateLimited
-from deployments.authentication import Authenticator, Caller
+from deployments.authentication import Authenticator, Caller, bearer
 from deployments.database import reader
 from deployments.errors import answer_for, envelope
 from deployments.progress import EventFeed, Moment
@@ -62,8 +62,10 @@ class LiveProgress:
     async def connect(self, sid: str, environ: dict[str, Any], auth: Any = None) -> None:
         """Let in whoever has a good key."""
         try:
-            api_key = _read_key(environ, auth)
-            self.callers[sid] = await run_in_threadpool(self.authenticate.identify, api_key)
+            token = auth.get("token") if isinstance(auth, dict) else None
+            if not isinstance(token, str):
+                token = bearer(environ.get("HTTP_AUTHORIZATION", ""))
+            self.callers[sid] = await run_in_threadpool(self.authenticate.identify, token)
         except (Unauthenticated, RateLimited) as error:
             raise ConnectionRefusedError(_fault(error)) from error
         self.tasks[sid] = {}
@@ -111,10 +113,12 @@ class LiveProgress:
             async for moment in self.feed.follow(job, after_seq, key_id):
                 if moment is not None:
                     content = {"video_id": job.id, **moment.content(self.video)}
-                    await self.server.emit(moment.name, content, to=sid)
-        except Exception as error:  # the client connects again, and goes on where it was
-            if not isinstance(error, Unauthenticated):
-                logger.exception("progress of %s", job.id)
+                    # Here, as in the Videos API, what is cancelled has failed.
+                    name = "failed" if moment.name == "cancelled" else moment.name
+                    await self.server.emit(name, content, to=sid)
+        except (Unauthenticated, OperationalError) as error:
+            # The client learns of it, may connect again, and goes on from the last seq it saw.
+            logger.warning("progress of %s ends: %s", job.id, error)
             await self.server.disconnect(sid)
         finally:
             tasks = self.tasks.get(sid, {})
@@ -124,15 +128,6 @@ class LiveProgress:
     def _find(self, video_id: str, caller: Caller) -> Job:
         with reader(self.engine).begin() as connection:
             return get_job(connection, video_id, caller.account.id)
-
-
-def _read_key(environ: dict[str, Any], auth: Any) -> str:
-    if isinstance(auth, dict) and isinstance(auth.get("token"), str):
-        return str(auth["token"])
-    scheme, _, key = str(environ.get("HTTP_AUTHORIZATION", "")).partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
-        raise Unauthenticated
-    return key.strip()
 
 
 def _read_subscription(said: Any) -> tuple[str, int]:

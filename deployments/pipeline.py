@@ -5,6 +5,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -86,7 +87,7 @@ class VideoPipeline:
                 self._extend_leases(),
                 self._watch_cancellations(),
                 self._sweep(),
-                self.webhooks.run(self._try),
+                self.webhooks.run(),
             )
         ]
 
@@ -105,7 +106,7 @@ class VideoPipeline:
     async def _lease_jobs(self) -> None:
         while True:
             self.wanted.clear()
-            for job in await self._try(self._lease_free_slots) or []:
+            for job in await _when_back(self._lease_free_slots):
                 self.tier_of[job.id] = job.tier
                 task = asyncio.create_task(self._run(job))
                 task.add_done_callback(functools.partial(self._forget, job.id))
@@ -142,8 +143,7 @@ class VideoPipeline:
         while True:
             await asyncio.sleep(self.leases.lease_s / 4)
             if expected := set(self.running):
-                held = await self._try(functools.partial(self._extend, expected))
-                lost = set() if held is None else expected - held
+                lost = expected - await _when_back(functools.partial(self._extend, expected))
                 for job_id in lost & self.running.keys():
                     self.running[job_id].cancel()
 
@@ -156,7 +156,7 @@ class VideoPipeline:
             await _wait(self.cancel_wanted, self.leases.poll_s)
             self.cancel_wanted.clear()
             if self.running:
-                for job_id in await self._try(self._read_cancellations) or []:
+                for job_id in await _when_back(self._read_cancellations):
                     if job_id in self.running and job_id not in self.cancelled:
                         self.cancelled.add(job_id)
                         self.running[job_id].cancel()
@@ -167,26 +167,17 @@ class VideoPipeline:
 
     async def _sweep(self) -> None:
         for round_number in itertools.count():
-            await self._try(self.purger.purge_videos)
+            await _when_back(self.purger.purge_videos)
             if round_number % SELDOM == 0:
-                await self._try(self.purger.purge_inputs)
-                await self._try(self.purger.purge_unpublished)
-                await self._try(self._expire)
+                await _when_back(self.purger.purge_inputs)
+                await _when_back(self.purger.purge_unpublished)
+                await _when_back(self._expire)
             await asyncio.sleep(SWEEP_S)
 
     def _expire(self) -> None:
         ended = expire_jobs(self.engine, self.store, self.weights, self.leases, self.owner)
         if ended:
             logger.warning("%d jobs expired", ended)
-
-    async def _try(self, act: Callable[[], T]) -> T | None:
-        """One round of a loop; None if the database is away for a moment: that ends no job."""
-        try:
-            return await asyncio.to_thread(act)
-        except OperationalError:
-            logger.exception("the database is away")
-            await asyncio.sleep(BACKOFF_S)
-            return None
 
     def _lease_ms(self) -> int:
         return int(self.leases.lease_s * 1000)
@@ -322,6 +313,11 @@ class StageClock:
         now_s = time.monotonic()
         self.seconds[stage] = now_s - self.last_s
         self.last_s = now_s
+
+
+async def _when_back(act: Callable[[], T]) -> T:
+    """One round of a loop: the database may be away for as long as it likes, that ends no job."""
+    return await retry_while_away(act, for_s=math.inf)
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:

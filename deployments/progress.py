@@ -1,6 +1,6 @@
 """A job's events as they come: replayed from a sequence number, then live, to the final one."""
 
-import asyncio
+import functools
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -10,14 +10,14 @@ from typing import Any
 from sqlalchemy import Engine
 
 from credits.api_keys import KeyId, check_good
-from deployments.database import reader
+from deployments.database import reader, retry_while_away
 from deployments.listener import EventListener
 from deployments.wire import event_json
 from jobs.events import events_after
 from jobs.job import Job, JobEvent, JobState
 from jobs.store import JobNotFound, get_job
 
-KEEP_ALIVE_S = 10.0
+KEEP_ALIVE_S, AWAY_S = 10.0, 30.0
 LAST_EVENTS = {
     JobState.SUCCEEDED: "completed",
     JobState.FAILED: "failed",
@@ -53,13 +53,15 @@ class EventFeed:
     async def follow(self, job: Job, after_seq: int, key_id: KeyId) -> AsyncIterator[Moment | None]:
         """Yield each event behind after_seq, None where nothing is new, and end with the last.
 
-        Ends early when the owner deletes the video; Unauthenticated once the key is revoked.
+        Ends early when the owner deletes the video. Unauthenticated once the key is revoked,
+        OperationalError if the database is away for longer than AWAY_S.
         """
         async with self.listener.following(job.id) as happened:
             while True:
                 happened.clear()
                 try:
-                    events, current = await asyncio.to_thread(self._read, job, after_seq, key_id)
+                    read = functools.partial(self._read, job, after_seq, key_id)
+                    events, current = await retry_while_away(read, for_s=AWAY_S)
                 except JobNotFound:
                     return
                 for event in events:

@@ -12,7 +12,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from deployments.config import LimitsConfig
-from deployments.request_fields import named_fields, nest_brackets, parse_json
+from deployments.request_fields import has_surrogates, named_fields, nest_brackets, parse_json
 from models.catalog import Model
 from models.request import InvalidRequest, VideoRequest
 from models.start_image import CropBox
@@ -173,7 +173,7 @@ def _check_text(name: str, text: Any, limits: LimitsConfig) -> None:
         raise InvalidRequest(name, f"{name} must be a string")
     if "\x00" in text:
         raise InvalidRequest(name, f"{name} must not contain NUL")
-    if any(0xD800 <= ord(character) < 0xE000 for character in text):
+    if has_surrogates(text):
         raise InvalidRequest(name, f"{name} is not valid Unicode")
     if len(text) > limits.max_prompt_chars:
         raise InvalidRequest(name, f"{name} is limited to {limits.max_prompt_chars} characters")

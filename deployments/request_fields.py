@@ -76,7 +76,7 @@ def named_fields(given: dict[str, Any]) -> dict[str, Any]:
     """
     fields: dict[str, Any] = {}
     for written, value in _merged(given):
-        if any(0xD800 <= ord(character) < 0xE000 for character in written):
+        if has_surrogates(written):
             raise InvalidRequest(None, "a field's name is not valid Unicode")
         name = CAMEL.sub(lambda match: f"_{match[1].lower()}", written)
         name = ALIASES.get(name, name)
@@ -109,6 +109,11 @@ def _merged(given: dict[str, Any]) -> list[tuple[str, Any]]:
             raise InvalidRequest(name, f"{name} must be a JSON object")
         items.extend((str(key), inner) for key, inner in content.items())
     return items
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether the text, which came as JSON escapes, cannot be encoded."""
+    return any(0xD800 <= ord(character) < 0xE000 for character in text)
 
 
 def parse_json(param: str, value: Any) -> Any:

@@ -11,8 +11,8 @@ from credits.ledger import AlreadySettled, ReservationId
 from credits.ledger import settle as settle_reservation
 from credits.pricing import Credits, Passes, WorkWeights, charge, share_done
 from jobs.job import Job, JobState, Outcome
+from jobs.outbox import announce
 from jobs.store import LeaseLost, finish, request_cancel
-from jobs.webhooks import announce
 from media.object_store import ObjectStore
 from media.renditions import delete_renditions
 from models.request import VideoRequest

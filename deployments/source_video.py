@@ -8,14 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sqlalchemy import Engine
 
 from deployments.config import LimitsConfig
-from deployments.database import reader
-from deployments.errors import VideoNotReady
-from jobs.store import get_job
 from media.decode import VideoShape, VideoUnreadable, read_frames, read_shape
-from media.object_store import ObjectStore
 from models.request import InvalidRequest
 
 
@@ -29,23 +24,9 @@ class SourceVideo:
     first_frame: bytes
     last_frame: bytes
 
-
-def find_source(
-    engine: Engine, store: ObjectStore, account_id: str, video: bytes | str | None
-) -> bytes:
-    """The bytes of an upload, or of the account's finished video of that id.
-
-    InvalidRequest without either; JobNotFound, VideoNotReady.
-    """
-    if video is None:
-        raise InvalidRequest("video", "video is required: a file, or the id of a video")
-    if isinstance(video, bytes):
-        return video
-    with reader(engine).begin() as connection:
-        job = get_job(connection, video, account_id)
-    if job.video_key is None:
-        raise VideoNotReady(job.id, job.state)
-    return store.get(job.video_key)
+    def frames_at(self, fps: int) -> int:
+        """How many frames it has at another rate."""
+        return max(1, round(self.num_frames * fps / self.shape.fps))
 
 
 def read_source(content: bytes, limits: LimitsConfig) -> SourceVideo:

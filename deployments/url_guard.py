@@ -24,10 +24,7 @@ RESOLVERS = ThreadPoolExecutor(16, "resolver")
 
 
 class UrlRefused(Exception):
-    """The URL may not be asked: its scheme, its host or where that leads."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
+    """The URL may not be asked, or has no answer for us; the message says why."""
 
 
 class UrlGuardConfig(BaseModel, frozen=True, extra="forbid"):
@@ -50,15 +47,17 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         """UrlRefused, or the answer. TLS still proves the host's name, not the address."""
         loop = asyncio.get_running_loop()
         address = await loop.run_in_executor(RESOLVERS, resolve, request.url, self.config)
-        return await self.inner.handle_async_request(
-            httpx.Request(
-                request.method,
-                request.url.copy_with(host=address),
-                headers=request.headers,
-                stream=request.stream,
-                extensions={**request.extensions, "sni_hostname": request.url.host},
-            )
+        to_address = httpx.Request(
+            request.method,
+            request.url.copy_with(host=address),
+            headers=request.headers,
+            stream=request.stream,
+            extensions={**request.extensions, "sni_hostname": request.url.host},
         )
+        try:
+            return await self.inner.handle_async_request(to_address)
+        except (OSError, ValueError) as error:  # such as a host name that TLS cannot ask for
+            raise UrlRefused(f"the URL cannot be reached: {type(error).__name__}") from error
 
     async def aclose(self) -> None:
         """Close the connections."""

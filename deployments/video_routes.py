@@ -143,5 +143,4 @@ class VideoRoutes:
 
     def video_json(self, job: Job) -> dict[str, Any]:
         """The Video object of a job."""
-        offer = self.admission.offers.get(job.model)
-        return video_json(job, None if offer is None else offer.model)
+        return video_json(job, self.admission.find_model(job.model))

@@ -8,24 +8,21 @@ from sqlalchemy import Engine
 from starlette.concurrency import run_in_threadpool
 
 from deployments.authentication import Authenticator, account_of, keyed_router
-from deployments.database import reader
+from deployments.database import lock_until_commit, reader
 from deployments.paging import Page
 from deployments.url_guard import UrlRefused, check_url
 from deployments.webhooks import WebhookConfig, event_body, send, signing_secret
 from deployments.wire import delivery_json, endpoint_json
 from deployments.wire_bodies import NO_CONTROL
+from jobs.outbox import DeliveryState, delete_endpoint, list_deliveries, retry_delivery
 from jobs.webhooks import (
-    DeliveryState,
     Endpoint,
     EventType,
     change_endpoint,
     count_endpoints,
     create_endpoint,
-    delete_endpoint,
     get_endpoint,
-    list_deliveries,
     list_endpoints,
-    retry_delivery,
     rotate_endpoint,
 )
 from models.request import InvalidRequest
@@ -97,6 +94,7 @@ class WebhookRoutes:
         self._check(body.url)
         account = account_of(request)
         with self.engine.begin() as connection:
+            lock_until_commit(connection, f"webhook endpoints of {account.id}")
             if count_endpoints(connection, account.id) >= self.config.max_endpoints:
                 message = f"an account has at most {self.config.max_endpoints} webhook endpoints"
                 raise InvalidRequest("url", message)
@@ -116,7 +114,7 @@ class WebhookRoutes:
                 ascending=page.ascending,
             )
         return page.json(
-            [endpoint_json(found, self._secret(found.id, found.revision)) for found in found]
+            [endpoint_json(each, self._secret(each.id, each.revision)) for each in found]
         )
 
     def get(self, request: Request, endpoint_id: str) -> dict[str, Any]:

@@ -10,22 +10,18 @@ import hashlib
 import hmac
 import json
 import logging
+import math
 import time
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
 from pydantic import BaseModel, Field
 from sqlalchemy import Engine
 from standardwebhooks import Webhook
 
+from deployments.database import retry_while_away
 from deployments.url_guard import UrlGuardConfig, UrlRefused, guarded_stream
-from jobs.webhooks import (
-    Delivery,
-    Endpoint,
-    claim_delivery,
-    mark_delivered,
-    mark_failed,
-)
+from jobs.outbox import Delivery, claim_delivery, mark_delivered, mark_failed
+from jobs.webhooks import Endpoint
 
 logger = logging.getLogger("ray.serve")
 
@@ -35,7 +31,6 @@ MINUTE_S, HOUR_S = 60.0, 3600.0
 
 
 Claimed = tuple[Delivery, Endpoint]
-Attempt = Callable[[Callable[[], Claimed | None]], Awaitable[Claimed | None]]
 
 
 class WebhookConfig(BaseModel, frozen=True, extra="forbid"):
@@ -107,13 +102,13 @@ class WebhookSender:
         self.pepper = pepper
         self.config = config
 
-    async def run(self, attempt: Attempt) -> None:
-        """Send whatever is due, for ever; attempt runs what asks the database."""
+    async def run(self) -> None:
+        """Send whatever is due, for ever."""
         sendings: set[asyncio.Task[None]] = set()
         free = asyncio.Semaphore(self.config.at_once)
         while True:
             await free.acquire()
-            claimed = await attempt(self.claim)
+            claimed = await retry_while_away(self.claim, for_s=math.inf)
             if claimed is None:
                 free.release()
                 await asyncio.sleep(POLL_S)
@@ -132,10 +127,16 @@ class WebhookSender:
             return claim_delivery(connection, LEASE_MS)
 
     async def deliver(self, claimed: Claimed) -> None:
-        """Send it once and put down what came of it."""
+        """Send it once and put down what came of it.
+
+        One whose senders died again and again, perhaps of it, is dead after as many attempts.
+        """
         delivery, endpoint = claimed
-        fault = await self._send(delivery, endpoint)
-        await asyncio.to_thread(self._note, delivery, fault)
+        fault: str | None = "its senders died"
+        if delivery.attempts <= len(self.config.backoff_s) + 1:
+            fault = await self._send(delivery, endpoint)
+        note = functools.partial(self._note, delivery, fault)
+        await retry_while_away(note, for_s=LEASE_MS / 1000)
 
     def _note(self, delivery: Delivery, fault: str | None) -> None:
         with self.engine.begin() as connection:
@@ -152,9 +153,6 @@ class WebhookSender:
             status = await send(self.config.guard, self.pepper, endpoint, delivery.id, body)
         except UrlRefused as error:
             return str(error)
-        except Exception as error:  # whatever it is, it is an attempt that failed
-            logger.exception("webhook %s", delivery.id)
-            return type(error).__name__
         return None if 200 <= status < 300 else f"status {status}"
 
     def _retry_after_ms(self, attempts: int) -> int | None:
@@ -164,7 +162,7 @@ class WebhookSender:
 
 
 def _finish(free: asyncio.Semaphore, sending: "asyncio.Task[None]") -> None:
-    """A sending that failed in itself, the database being away, is due again after its lease."""
+    """A sending that failed in itself is due again after its lease."""
     free.release()
     if not sending.cancelled() and (error := sending.exception()) is not None:
         logger.error("a webhook was not sent", exc_info=error)

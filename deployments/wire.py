@@ -9,7 +9,8 @@ from credits.audit import AuditEntry
 from credits.ledger import LedgerEntry
 from deployments.estimate import Estimate
 from jobs.job import Job, JobEvent, JobState
-from jobs.webhooks import Delivery, Endpoint
+from jobs.outbox import Delivery
+from jobs.webhooks import Endpoint
 from models.catalog import Model
 from models.request import ModelFamily, VideoRequest
 

@@ -25,13 +25,6 @@ ROTATED = re.compile(r"rotation of -?(90|270)")
 class VideoUnreadable(Exception):
     """The file is no video that can be read within the limits."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
-
 
 @dataclass(frozen=True, slots=True)
 class VideoShape:

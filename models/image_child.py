@@ -7,6 +7,7 @@ Status 2 means that the image, or its crop box, is at fault; stderr says how.
 
 import json
 import resource
+import struct
 import sys
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -21,13 +22,15 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     import io
 
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     Image.MAX_IMAGE_PIXELS = None  # the bound is ours
     content = sys.stdin.buffer.read()
+    # What Pillow raises for damaged files of these formats.
+    unreadable = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, IndexError)
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except Exception:
+    except (*unreadable, struct.error):
         _refuse("is not an image that can be read")
     width, height = image.size
     if width * height > settings["max_pixels"]:
@@ -35,7 +38,7 @@ def main() -> None:
     try:
         image.load()
         upright = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception:
+    except (*unreadable, struct.error):
         _refuse("is not an image that can be read")
     box = settings["crop"] or [0, 0, upright.width, upright.height]
     left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]

@@ -27,15 +27,8 @@ class InvalidRequest(Exception):
         return self.message
 
 
-class NotSupported(Exception):
+class NotSupported(InvalidRequest):
     """A field or a route that the API knows and that nothing here does."""
-
-    def __init__(self, param: str | None, message: str) -> None:
-        super().__init__(param, message)
-        self.param, self.message = param, message
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class VideoRequest(BaseModel, frozen=True, extra="forbid"):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from models.request import InvalidRequest
+
+logger = logging.getLogger(__name__)
 
 CHILD = Path(__file__).with_name("image_child.py")
 
@@ -72,10 +75,12 @@ def prepare_start_image(
         fault = json.loads(child.stderr)
         at_fault = "crop" if fault["crop"] else param
         raise InvalidRequest(at_fault, f"{param} {fault['message']}")
-    if child.returncode != 0:  # killed by its limits, or out of memory
+    if child.returncode != 0:  # killed by its limits, out of memory, or by a fault of Pillow's
+        said = child.stderr.decode(errors="replace")[-2000:]
+        logger.warning("an image's child ended with %d: %s", child.returncode, said)
         raise InvalidRequest(param, f"{param} takes more memory or time than an image may")
-    said, _, png = child.stdout.partition(b"\n")
-    found = json.loads(said)
+    head, _, png = child.stdout.partition(b"\n")
+    found = json.loads(head)
     return StartImage(png, found["width"] / found["height"])
 
 

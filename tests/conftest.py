@@ -26,6 +26,12 @@ ADMIN_KEY = "mk_admin_of_the_tests"
 
 
 @pytest.fixture(scope="session")
+def httpserver_listen_address() -> tuple[str, int]:
+    """An address rather than `localhost`, which may be either kind of one."""
+    return "127.0.0.1", 0
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random z-image-video checkpoint; copy it before changing it."""
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from openai import OpenAI
 from PIL import Image
 from sqlalchemy import Engine
 from starlette.testclient import TestClient
@@ -27,9 +28,10 @@ from deployments.admission import Admission, Offer
 from deployments.config import LimitsConfig
 from deployments.database import reader
 from deployments.ingress import IngressParts, create_app
+from deployments.settlement import Ending, WorkDone, settle
 from deployments.url_guard import UrlGuardConfig
 from deployments.webhooks import WebhookConfig
-from jobs.job import Job
+from jobs.job import Job, JobState
 from jobs.store import get_job, lease
 from media.object_store import LocalObjectStore
 from models.catalog import Model
@@ -152,6 +154,45 @@ def a_job(door: Door, a_request: Callable[..., VideoRequest]) -> Callable[..., J
         return door.admission.admit(account, a_request(**fields))
 
     return make
+
+
+@pytest.fixture
+def official(url: str) -> Iterator[Callable[..., OpenAI]]:
+    """Makes the official client of an account, of a replica that is really served."""
+    with contextlib.ExitStack() as clients:
+
+        def make(account_id: str = "alice", at: str = url) -> OpenAI:
+            client = OpenAI(base_url=f"{at}/v1", api_key=f"key-{account_id}", max_retries=0)
+            return clients.enter_context(client)
+
+        yield make
+
+
+def end_next_job(
+    engine: Engine,
+    store: LocalObjectStore,
+    state: JobState = JobState.SUCCEEDED,
+    content: bytes = b"video",
+) -> Job:
+    """Lease the next job and end it as its pipeline would, with that file if it succeeded."""
+    job = lease_now(engine)
+    assert job is not None
+    is_made = state is JobState.SUCCEEDED
+    key = f"videos/{job.id}.mp4"
+    if is_made:
+        store.put(key, content)
+    ending = Ending(
+        state,
+        "over",
+        charge_work=is_made,
+        video_key=key if is_made else None,
+        size_bytes=len(content) if is_made else None,
+        error_code=None if is_made else "worker_lost",
+        error_message=None if is_made else "lost",
+    )
+    done = WorkDone(1, 200, 200, 1)
+    settle(engine, store, WorkWeights(), job, lease_owner="me", done=done, ending=ending)
+    return job
 
 
 def lease_now(engine: Engine, owner: str = "me", lease_ms: int = 60_000) -> Job | None:

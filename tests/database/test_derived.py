@@ -13,13 +13,11 @@ import numpy as np
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI, PermissionDeniedError
 from PIL import Image
+from pytest_httpserver import HTTPServer
 from sqlalchemy import Engine
 
 from credits.accounts import Account
 from credits.plans import Plan
-from credits.pricing import WorkWeights
-from deployments.ingress import IngressParts, create_app
-from deployments.settlement import Ending, WorkDone, settle
 from jobs.job import Job, JobState
 from jobs.store import get_job
 from media.decode import VideoShape, read_shape
@@ -27,10 +25,11 @@ from media.encode import Mp4Encoder
 from models.request import VideoRequest
 from models.tensors import Frames
 from tests.conftest import read_account
-from tests.database.conftest import Door, job_now, lease_now, png, served
+from tests.database.conftest import Door, end_next_job, job_now, png
 
 AJob = Callable[..., Job]
 AnAccount = Callable[..., Account]
+Official = Callable[..., OpenAI]
 
 
 def write_mp4(path: Path, num_frames: int = 9, size: tuple[int, int] = (64, 64)) -> bytes:
@@ -49,29 +48,12 @@ def mp4(tmp_path: Path) -> bytes:
 
 
 @pytest.fixture
-def client(door: Door, alice: Account) -> OpenAI:
-    return official_client(door, "alice")
-
-
-def official_client(door: Door, account_id: str) -> OpenAI:
-    return OpenAI(
-        base_url="http://testserver/v1",
-        api_key=f"key-{account_id}",
-        http_client=door.client,
-        max_retries=0,
-    )
+def client(alice: Account, official: Official) -> OpenAI:
+    return official()
 
 
 def finish(engine: Engine, door: Door, content: bytes) -> Job:
-    """Lease the next job and end it with that file."""
-    job = lease_now(engine)
-    assert job is not None
-    key = f"videos/{job.id}.mp4"
-    door.store.put(key, content)
-    ending = Ending(JobState.SUCCEEDED, "done", charge_work=True, video_key=key, size_bytes=1)
-    done = WorkDone(1, 99, 99, 1)
-    settle(engine, door.store, WorkWeights(), job, lease_owner="me", done=done, ending=ending)
-    return job
+    return end_next_job(engine, door.store, content=content)
 
 
 def request_of(engine: Engine, video_id: str) -> VideoRequest:
@@ -110,7 +92,7 @@ def test_a_remix_of_an_image_to_video_starts_from_the_same_frame(
 
 def test_a_remix_takes_settings_and_refuses_what_is_not_done(
     engine: Engine, door: Door, alice: Account, an_account: AnAccount, a_job: AJob,
-    client: OpenAI, finished: Job,
+    client: OpenAI, official: Official, finished: Job,
 ) -> None:  # fmt: skip
     changed = {"size": "32x32", "seconds": "2", "seed": 6}
     video = client.videos.remix(finished.id, prompt="y", extra_body=changed)
@@ -123,7 +105,7 @@ def test_a_remix_takes_settings_and_refuses_what_is_not_done(
     assert refused.json()["error"]["param"] == "prompt"
     an_account("bob")
     with pytest.raises(NotFoundError):
-        official_client(door, "bob").videos.remix(finished.id, prompt="y")
+        official("bob").videos.remix(finished.id, prompt="y")
 
 
 def test_an_edit_takes_an_upload_and_its_shape(
@@ -169,6 +151,14 @@ def test_an_edit_of_a_video_made_here_outlives_it(
     assert list(door.store.list(f"inputs/{ended.id}")) == []
 
 
+def test_an_extension_of_an_upload_by_the_official_client(
+    engine: Engine, client: OpenAI, mp4: bytes
+) -> None:
+    video = client.videos.extend(prompt="y", seconds="2", video=("x.mp4", mp4))
+    made = request_of(engine, video.id)
+    assert (made.num_frames, made.continued_frames, video.seconds) == (17, 9, "3.125")
+
+
 def test_an_extension_bills_its_new_frames_and_tells_the_whole_length(
     engine: Engine, door: Door, alice: Account, client: OpenAI, finished: Job
 ) -> None:
@@ -192,6 +182,8 @@ def test_an_extension_bills_its_new_frames_and_tells_the_whole_length(
         ("edits", {"video": "long"}, "video"),
         ("edits", {"video": "mp4", "strength": "2"}, "strength"),
         ("edits", {"video": "mp4", "size": "63x64"}, "size"),
+        ("edits", {"video": "mp4", "num_frames": "10"}, "num_frames"),
+        ("edits", {"video": "mp4", "fps": "fast"}, "fps"),
         ("extensions", {}, "video"),
         ("extensions", {"video": "mp4", "size": "64x64"}, "size"),
         ("extensions", {"video": "mp4", "strength": "0.5"}, "strength"),
@@ -220,11 +212,11 @@ def test_a_source_that_cannot_be_used_is_400_and_costs_nothing(
 
 
 def test_a_plan_without_image_to_video_has_no_edits(
-    door: Door, an_account: AnAccount, mp4: bytes
+    an_account: AnAccount, official: Official, mp4: bytes
 ) -> None:
     an_account("basic", plan=Plan.BASIC)
     with pytest.raises(PermissionDeniedError):
-        official_client(door, "basic").videos.edit(prompt="x", video=("x.mp4", mp4))
+        official("basic").videos.edit(prompt="x", video=("x.mp4", mp4))
 
 
 def test_characters_are_refused(client: OpenAI, mp4: bytes) -> None:
@@ -246,20 +238,9 @@ def test_sync_answers_when_the_video_is_there_or_never_will_be(
 
     thread = threading.Thread(target=ask)
     thread.start()
-    while (job := lease_now(engine)) is None:
+    while not door.wakes:
         assert thread.is_alive()
-    key = f"videos/{job.id}.mp4"
-    door.store.put(key, mp4)
-    ending = Ending(
-        state,
-        "over",
-        charge_work=state is JobState.SUCCEEDED,
-        video_key=key if state is JobState.SUCCEEDED else None,
-        error_code=None if state is JobState.SUCCEEDED else "worker_lost",
-        error_message="lost",
-    )
-    done = WorkDone(1, 99, 99, 1)
-    settle(engine, door.store, WorkWeights(), job, lease_owner="me", done=done, ending=ending)
+    job = end_next_job(engine, door.store, state, mp4)
     thread.join()
     answer = answers[0]
     if state is JobState.SUCCEEDED:
@@ -272,13 +253,39 @@ def test_sync_answers_when_the_video_is_there_or_never_will_be(
 
 
 def test_a_start_image_is_fetched_from_its_url(
-    engine: Engine, door: Door, alice: Account, parts: IngressParts
+    engine: Engine, door: Door, alice: Account, httpserver: HTTPServer
 ) -> None:
-    """From another replica's address, whose 404 page is no image."""
-    with served(create_app(parts, lambda: None)) as url:
-        refused = door.as_account()(
-            "POST", "/v1/videos", json={"prompt": "x", "input_reference": f"{url}/nothing"}
-        )
+    httpserver.expect_request("/image").respond_with_data(png(30, 30))
+    call = door.as_account()
+    for field in ("input_reference", "reference_url"):
+        body = {"prompt": "x", field: httpserver.url_for("/image")}
+        video = call("POST", "/v1/videos", json=body).json()
+        with Image.open(io.BytesIO(door.store.get(f"inputs/{video['id']}"))) as image:
+            assert image.size == (64, 64)
+    before = read_account(engine, "alice")
+    httpserver.expect_request("/nothing").respond_with_data(status=404)
+    body = {"prompt": "x", "input_reference": httpserver.url_for("/nothing")}
+    refused = call("POST", "/v1/videos", json=body)
     assert refused.status_code == 400
     assert "status 404" in refused.json()["error"]["message"]
-    assert read_account(engine, "alice") == alice
+    assert read_account(engine, "alice") == before
+
+
+@pytest.mark.parametrize("kind", ["edits", "extensions", "remix"])
+def test_a_request_sent_again_is_answered_when_its_source_has_gone(
+    engine: Engine, door: Door, alice: Account, finished: Job, kind: str
+) -> None:
+    path = f"/v1/videos/{finished.id}/remix" if kind == "remix" else f"/v1/videos/{kind}"
+    body = {"prompt": "y"} if kind == "remix" else {"prompt": "y", "video": finished.id}
+    call = door.as_account()
+    headers = {"idempotency-key": "k"}
+    first = call("POST", path, json=body, headers=headers)
+    assert first.status_code == 200
+    reserved = read_account(engine, "alice").reserved
+    call("DELETE", f"/v1/videos/{finished.id}")
+    again = call("POST", path, json=body, headers=headers)
+    assert (again.status_code, again.json()["id"]) == (200, first.json()["id"])
+    assert read_account(engine, "alice").reserved == reserved
+    assert call("POST", path, json=body).status_code == 404
+    other = call("POST", path, json={**body, "seed": 1}, headers=headers)
+    assert other.status_code == 409

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from bench import fault_points
-from bench.fault_points import DIED, STEPS, run_points
+from bench import life
+from bench.fault_points import DIED, run_points
+from bench.life import STEPS
 from credits.ledger import ReservationId
 from credits.ledger import settle as settle_reservation
 from credits.pricing import Credits
@@ -63,7 +64,7 @@ def test_a_settlement_in_two_transactions_is_found_out(
             reservation_id = ReservationId(job.reservation_id)
             settle_reservation(connection, reservation_id, Credits(job.quoted))
 
-    monkeypatch.setattr(fault_points, "settle", settle_twice_over)
+    monkeypatch.setattr(life, "settle", settle_twice_over)
     settling = [step for step in STEPS if step.name == "settle"]
     rows = run_points(database_url, tmp_path / "store", model, "process", settling)
     assert any("0 settlements" in row.faults for row in rows)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import socketio
 from socketio.exceptions import ConnectionError as Refused
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from credits.accounts import Account, AccountId
 from credits.api_keys import list_api_keys, revoke_api_key
@@ -176,5 +176,46 @@ def test_postgresql_wakes_the_streams_without_polling(
         await asyncio.to_thread(end, engine, door, job)
         await watcher.over.wait()
         assert len(watcher.heard) == 5
+
+    watch(url, scenario)
+
+
+def test_what_is_cancelled_has_failed(
+    engine: Engine, door: Door, alice: Account, a_job: AJob, url: str
+) -> None:
+    job = a_job(alice)
+
+    async def scenario(watcher: Watcher) -> None:
+        await watcher.subscribe(job.id)
+        await asyncio.to_thread(door.as_account(), "DELETE", f"/v1/videos/{job.id}")
+        await watcher.over.wait()
+        name, content = watcher.heard[-1]
+        assert (name, content["video"]["error"]["code"]) == ("failed", "cancelled")
+
+    watch(url, scenario)
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_stream_outlives_the_connections_that_it_hears_by(
+    engine: Engine, door: Door, alice: Account, a_job: AJob, url: str
+) -> None:
+    job = a_job(alice)
+    assert lease_now(engine) is not None
+
+    def end_all_others() -> None:
+        others = "datname = current_database() AND pid <> pg_backend_pid()"
+        with engine.begin() as connection:
+            connection.execute(
+                text(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {others}")
+            )
+
+    async def scenario(watcher: Watcher) -> None:
+        await watcher.subscribe(job.id)
+        for step in (1, 2, 3):
+            await asyncio.to_thread(end_all_others)
+            await asyncio.to_thread(advance, engine, job, step)
+        await asyncio.to_thread(end, engine, door, job)
+        await watcher.over.wait()
+        assert [content["seq"] for _, content in watcher.heard] == [1, 2, 3, 4, 5]
 
     watch(url, scenario)

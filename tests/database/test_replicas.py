@@ -12,13 +12,10 @@ from sqlalchemy import Engine, func, select
 
 from credits.accounts import Account, AccountId, change_account
 from credits.plans import Plan
-from credits.pricing import WorkWeights
 from deployments.ingress import IngressParts, create_app
-from deployments.settlement import Ending, WorkDone, settle
-from jobs.job import JobState
 from jobs.tables import jobs
 from tests.conftest import read_account
-from tests.database.conftest import lease_now, served
+from tests.database.conftest import end_next_job, served
 
 AnAccount = Callable[..., Account]
 BODY = {"prompt": "x", "num_frames": 13, "seed": 1}
@@ -32,10 +29,6 @@ def replicas(engine: Engine, parts: IngressParts) -> Iterator[list[str]]:
         served(create_app(parts, lambda: None)) as other,
     ):
         yield [one, other]
-
-
-def client_of(url: str, account_id: str = "alice") -> OpenAI:
-    return OpenAI(base_url=f"{url}/v1", api_key=f"key-{account_id}", max_retries=0)
 
 
 def post_all(replicas: list[str], count: int, headers: Callable[[int], Any]) -> list[Any]:
@@ -62,24 +55,16 @@ def count_jobs(engine: Engine) -> int:
 
 
 def test_the_official_client_goes_from_one_to_the_other(
-    engine: Engine, replicas: list[str], parts: IngressParts, an_account: AnAccount
-) -> None:
+    engine: Engine, replicas: list[str], parts: IngressParts, an_account: AnAccount,
+    official: Callable[..., OpenAI],
+) -> None:  # fmt: skip
     an_account()
-    first, second = (client_of(url) for url in replicas)
+    first, second = (official(at=url) for url in replicas)
     video = first.videos.create(prompt="x", size="64x64", seconds="2")  # type: ignore[arg-type]
     assert second.videos.retrieve(video.id).status == "queued"
-    job = lease_now(engine)
-    assert job is not None
-    assert second.videos.retrieve(video.id).status == "in_progress"
     with pytest.raises(ConflictError):
         second.videos.download_content(video.id)
-    key = f"videos/{job.id}.mp4"
-    parts.store.put(key, b"video")
-    ending = Ending(JobState.SUCCEEDED, "done", charge_work=True, video_key=key, size_bytes=5)
-    settle(
-        engine, parts.store, WorkWeights(), job, lease_owner="me", done=WorkDone(1, 99, 99, 1),
-        ending=ending,
-    )  # fmt: skip
+    end_next_job(engine, parts.store, content=b"video")
     assert second.videos.poll(video.id).status == "completed"
     assert second.videos.download_content(video.id).read() == b"video"
     other = second.videos.create(prompt="y")
@@ -89,8 +74,6 @@ def test_the_official_client_goes_from_one_to_the_other(
     assert second.videos.delete(video.id).deleted
     with pytest.raises(NotFoundError):
         first.videos.retrieve(video.id)
-    first.close()
-    second.close()
 
 
 def test_of_two_hundred_creates_as_many_pass_as_there_are_credits_for(

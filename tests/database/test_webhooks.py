@@ -1,62 +1,49 @@
 """Webhooks: the official client makes endpoints and unwraps what they are sent; none is lost."""
 
 import asyncio
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
 from openai import InvalidWebhookSignatureError, NotFoundError, OpenAI
+from pytest_httpserver import HTTPServer
 from sqlalchemy import Engine, update
+from werkzeug import Request, Response
 
 from credits.accounts import Account
 from credits.pricing import WorkWeights
-from deployments.settlement import Ending, WorkDone, cancel, settle
+from deployments.settlement import cancel
 from deployments.url_guard import UrlGuardConfig
 from deployments.webhooks import WebhookConfig, WebhookSender
 from jobs.job import Job, JobState
-from jobs.webhooks import webhook_deliveries
+from jobs.outbox import announce, delete_endpoint, webhook_deliveries
 from tests.conftest import PEPPER
-from tests.database.conftest import LOOPBACK, Door, lease_now
+from tests.database.conftest import LOOPBACK, Door, end_next_job
 
 AnAccount = Callable[..., Account]
 AJob = Callable[..., Job]
+Official = Callable[..., OpenAI]
 
 
 class Receiver:
-    """An HTTP server that keeps what it is sent and answers with the statuses that it is given."""
+    """What was sent to the endpoint, which answers with the statuses that it is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, server: HTTPServer) -> None:
         self.received: list[tuple[dict[str, str], str]] = []
         self.statuses: list[int] = []
-        receiver = self
+        self.url = server.url_for("/hook")
+        server.expect_request("/hook").respond_with_handler(self._take)
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"])).decode()
-                headers = {name.lower(): value for name, value in self.headers.items()}
-                receiver.received.append((headers, body))
-                self.send_response(receiver.statuses.pop(0) if receiver.statuses else 204)
-                self.end_headers()
-
-            def log_message(self, *arguments: object) -> None:
-                """Keep the tests' output clean."""
-
-        self.server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/hook"
+    def _take(self, request: Request) -> Response:
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        self.received.append((headers, request.get_data(as_text=True)))
+        return Response(status=self.statuses.pop(0) if self.statuses else 204)
 
 
 @pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    receiver = Receiver()
-    thread = threading.Thread(target=receiver.server.serve_forever)
-    thread.start()
-    yield receiver
-    receiver.server.shutdown()
-    thread.join()
-    receiver.server.server_close()
+def receiver(httpserver: HTTPServer) -> Receiver:
+    return Receiver(httpserver)
 
 
 @pytest.fixture
@@ -65,17 +52,8 @@ def sender(engine: Engine) -> WebhookSender:
 
 
 @pytest.fixture
-def client(door: Door, alice: Account) -> OpenAI:
-    return official_client(door, "alice")
-
-
-def official_client(door: Door, account_id: str) -> OpenAI:
-    return OpenAI(
-        base_url="http://testserver/v1",
-        api_key=f"key-{account_id}",
-        http_client=door.client,
-        max_retries=0,
-    )
+def client(alice: Account, official: Official) -> OpenAI:
+    return official()
 
 
 def deliver_all(sender: WebhookSender) -> int:
@@ -87,12 +65,7 @@ def deliver_all(sender: WebhookSender) -> int:
 
 
 def end(engine: Engine, door: Door, state: JobState) -> str:
-    job = lease_now(engine)
-    assert job is not None
-    key = f"videos/{job.id}.mp4" if state is JobState.SUCCEEDED else None
-    ending = Ending(state, "over", charge_work=False, video_key=key)
-    settle(engine, door.store, WorkWeights(), job, lease_owner="me", done=WorkDone(), ending=ending)
-    return job.id
+    return end_next_job(engine, door.store, state).id
 
 
 def test_the_official_client_unwraps_what_its_endpoint_is_sent(
@@ -201,7 +174,7 @@ def test_a_settlement_that_fails_announces_nothing(
 
 
 def test_endpoints_are_managed_by_the_official_client(
-    door: Door, an_account: AnAccount, client: OpenAI, receiver: Receiver
+    an_account: AnAccount, client: OpenAI, official: Official, receiver: Receiver
 ) -> None:
     made = client.webhooks.create(name="a", url=receiver.url, event_types=["video.failed"])
     assert made.signing_secret.startswith("whsec_")
@@ -215,7 +188,7 @@ def test_endpoints_are_managed_by_the_official_client(
     assert (tested.status_code, tested.success) == (204, True)
     an_account("bob")
     with pytest.raises(NotFoundError):
-        official_client(door, "bob").webhooks.delete(made.id)
+        official("bob").webhooks.delete(made.id)
     assert client.webhooks.delete(made.id).deleted
     with pytest.raises(NotFoundError):
         client.webhooks.retrieve(made.id)
@@ -255,6 +228,63 @@ def test_an_endpoint_that_cannot_be_is_400(door: Door, alice: Account, body: Any
     answer = door.as_account()("POST", "/v1/webhook_endpoints", json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] in {"url", "event_types", "name", "secret", "0"}
+
+
+def test_a_delivery_whose_senders_die_of_it_is_dead_in_the_end(
+    engine: Engine, door: Door, alice: Account, a_job: AJob, client: OpenAI, receiver: Receiver,
+    sender: WebhookSender,
+) -> None:  # fmt: skip
+    client.webhooks.create(name="", url=receiver.url, event_types=["video.completed"])
+    a_job(alice)
+    end(engine, door, JobState.SUCCEEDED)
+    for _ in range(3):  # as many as its back-off allows
+        assert sender.claim() is not None
+        with engine.begin() as connection:
+            connection.execute(update(webhook_deliveries).values(next_at_ms=0))
+    assert deliver_all(sender) == 1
+    assert receiver.received == []
+    dead = door.as_account()("GET", "/v1/webhook_deliveries?state=dead").json()["data"]
+    assert dead[0]["last_error"] == "its senders died"
+
+
+def test_endpoints_beyond_the_limit_are_refused_also_at_once(door: Door, alice: Account) -> None:
+    def create(index: int) -> int:
+        body = {"url": f"https://example.com/{index}"}
+        answer = door.as_account()("POST", "/v1/webhook_endpoints", json=body)
+        return int(answer.status_code)
+
+    with ThreadPoolExecutor(8) as threads:
+        statuses = list(threads.map(create, range(20)))
+    assert (statuses.count(200), statuses.count(400)) == (16, 4)
+
+
+@pytest.mark.parametrize("announced_first", [True, False])
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_an_endpoint_may_be_deleted_while_a_job_ends(
+    engine: Engine, door: Door, alice: Account, a_job: AJob, client: OpenAI, receiver: Receiver,
+    sender: WebhookSender, announced_first: bool,
+) -> None:  # fmt: skip
+    endpoint = client.webhooks.create(name="", url=receiver.url, event_types=["video.completed"])
+    job = a_job(alice)
+    acts = [
+        lambda connection: announce(connection, job.id, JobState.SUCCEEDED),
+        lambda connection: delete_endpoint(connection, endpoint.id, "alice"),
+    ]
+    first, second = acts if announced_first else reversed(acts)
+
+    def run_second() -> None:
+        with engine.begin() as connection:
+            second(connection)
+
+    with ThreadPoolExecutor(1) as threads:
+        with engine.begin() as connection:
+            first(connection)
+            waiting = threads.submit(run_second)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+        waiting.result(timeout=10)
+    assert deliver_all(sender) == 0
+    assert list(client.webhooks.list()) == []
 
 
 def test_an_endpoint_inside_the_network_is_never_sent_anything(

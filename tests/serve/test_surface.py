@@ -1,11 +1,7 @@
 """The rest of the HTTP surface on the real chain: videos from videos, live progress, webhooks."""
 
 import asyncio
-import contextlib
 import io
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ import openai
 import pytest
 import socketio
 from PIL import Image
+from pytest_httpserver import HTTPServer
 
 from client.client import Client
 from tests.serve.conftest import Cluster, wait_until
@@ -22,35 +19,6 @@ from tests.serve.test_chain import LONG, finish, read_mp4
 from training.clips import Combination, draw_clip
 
 pytestmark = pytest.mark.serve
-
-
-@contextlib.contextmanager
-def serving(content: bytes) -> Iterator[tuple[str, list[tuple[dict[str, str], str]]]]:
-    """A site that answers every GET with one file, and what was POSTed to it."""
-    told: list[tuple[dict[str, str], str]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(content)
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"])).decode()
-            told.append(({name.lower(): value for name, value in self.headers.items()}, body))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *arguments: object) -> None:
-            """Keep the tests' output clean."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/", told
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 @pytest.fixture
@@ -117,13 +85,16 @@ def test_an_edit_stays_near_its_source_and_costs_what_is_made(
     assert charges == [7, 26]  # 26 x (10 + 90 x 4/20) / 100 and all of it
 
 
-def test_a_remix_and_a_start_image_from_a_url(client: Client, source: dict[str, Any]) -> None:
+def test_a_remix_and_a_start_image_from_a_url(
+    client: Client, source: dict[str, Any], httpserver: HTTPServer
+) -> None:
     clip = draw_clip(Combination("green", "square", "right"), "dark", np.random.default_rng(3))
     content = io.BytesIO()
     Image.fromarray(clip.pixels[0]).save(content, "PNG")
-    with serving(content.getvalue()) as (url, _):
-        made = client.create({"prompt": "a green square", "input_reference": url, "num_steps": 2})
-        assert finish(client, made["id"])["image_to_video"] is True
+    httpserver.expect_request("/image").respond_with_data(content.getvalue())
+    fields = {"prompt": "a green square", "num_steps": 2}
+    made = client.create({**fields, "input_reference": httpserver.url_for("/image")})
+    assert finish(client, made["id"])["image_to_video"] is True
     remix = client.call(
         "POST", f"/v1/videos/{source['id']}/remix", json={"prompt": "a blue circle moving right"}
     )
@@ -177,18 +148,20 @@ def test_progress_comes_over_socket_io(cluster: Cluster) -> None:
     assert steps[-5:] == [1, 2, 3, 4, 5]
 
 
-def test_a_webhook_is_told_when_the_video_is_there(cluster: Cluster) -> None:
-    with (
-        serving(b"") as (url, told),
-        openai.OpenAI(
-            base_url=f"{cluster.server.url}/v1", api_key=cluster.server.api_key
-        ) as official,
-    ):
+def test_a_webhook_is_told_when_the_video_is_there(
+    cluster: Cluster, httpserver: HTTPServer
+) -> None:
+    httpserver.expect_request("/hook").respond_with_data(status=204)
+    with openai.OpenAI(
+        base_url=f"{cluster.server.url}/v1", api_key=cluster.server.api_key
+    ) as official:
+        url = httpserver.url_for("/hook")
         endpoint = official.webhooks.create(name="", url=url, event_types=["video.completed"])
         video = official.videos.create_and_poll(prompt="x")
-        wait_until(lambda: bool(told), 30)
+        wait_until(lambda: bool(httpserver.log), 30)
+        told = httpserver.log[0][0]
         event: Any = official.webhooks.unwrap(
-            told[0][1], told[0][0], secret=endpoint.signing_secret
+            told.get_data(), dict(told.headers), secret=endpoint.signing_secret
         )
         assert (event.type, event.data.id) == ("video.completed", video.id)
         official.webhooks.delete(endpoint.id)

@@ -4,13 +4,13 @@ import asyncio
 import gzip
 import socket
 import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import IPv4Network
 from typing import Any
 
 import httpx
 import pytest
+from pytest_httpserver import HTTPServer
+from werkzeug import Response
 
 from deployments import url_guard
 from deployments.url_guard import UrlGuardConfig, UrlRefused, check_url, resolve
@@ -25,38 +25,25 @@ def fetch(url: str, config: UrlGuardConfig, max_bytes: int) -> bytes:
     return asyncio.run(url_guard.fetch(url, config, max_bytes))
 
 
-class Site(BaseHTTPRequestHandler):
-    """Answers by path."""
+@pytest.fixture
+def site(httpserver: HTTPServer) -> str:
+    """The URL of a site that answers by path."""
 
-    def do_GET(self) -> None:
-        status, headers, body = {
-            "/image": (200, {}, b"image"),
-            "/here": (302, {"location": "/image"}, b""),
-            "/inside": (302, {"location": "http://127.0.0.2/secret"}, b""),
-            "/file": (302, {"location": "file:///etc/passwd"}, b""),
-            "/loop": (302, {"location": "/loop"}, b""),
-            "/packed": (200, {"content-encoding": "gzip"}, gzip.compress(b"image")),
-            "/host": (200, {}, self.headers["host"].encode()),
-        }.get(self.path, (404, {}, b""))
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+    def answer(path: str, status: int = 200, body: bytes = b"", **headers: str) -> None:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        httpserver.expect_request(path).respond_with_data(body, status, named)
 
-    def log_message(self, *arguments: object) -> None:
-        """Keep the tests' output clean."""
-
-
-@pytest.fixture(scope="module")
-def site() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    answer("/image", body=b"image")
+    answer("/here", 302, location="/image")
+    answer("/inside", 302, location="http://127.0.0.2/secret")
+    answer("/file", 302, location="file:///etc/passwd")
+    answer("/loop", 302, location="/loop")
+    answer("/packed", body=gzip.compress(b"image"), content_encoding="gzip")
+    answer("/nothing", 404)
+    httpserver.expect_request("/host").respond_with_handler(
+        lambda request: Response(request.headers["host"])
+    )
+    return httpserver.url_for("").rstrip("/")
 
 
 @pytest.mark.parametrize(
