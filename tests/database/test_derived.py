@@ -154,7 +154,7 @@ def test_an_edit_of_a_video_made_here_outlives_it(
 def test_an_extension_of_an_upload_by_the_official_client(
     engine: Engine, client: OpenAI, mp4: bytes
 ) -> None:
-    video = client.videos.extend(prompt="y", seconds="2", video=("x.mp4", mp4))
+    video = client.videos.extend(prompt="y", seconds="2", video=("x.mp4", mp4))  # type: ignore[arg-type]
     made = request_of(engine, video.id)
     assert (made.num_frames, made.continued_frames, video.seconds) == (17, 9, "3.125")
 

@@ -86,3 +86,12 @@ def test_an_image_that_takes_too_much_ends_its_child_alone() -> None:
     with pytest.raises(InvalidRequest, match="more memory or time"):
         prepare(content, limits=limits)
     assert prepare(halves(9000, 9000), limits=ImageLimits(max_pixels=10**9)).aspect == 1.0
+
+
+def test_an_image_that_takes_too_long_is_ended() -> None:
+    content = io.BytesIO()
+    Image.new("1", (12_000, 12_000)).save(content, "PNG", compress_level=1)  # 2 s for 79 kB
+    roomy = {"max_pixels": 10**9, "max_memory_bytes": 4 << 30}
+    with pytest.raises(InvalidRequest, match="more memory or time"):
+        prepare(content.getvalue(), limits=ImageLimits(**roomy, max_cpu_s=1))
+    assert prepare(content.getvalue(), limits=ImageLimits(**roomy, max_cpu_s=60)).aspect == 1.0
