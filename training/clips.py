@@ -19,6 +19,14 @@ HUES_DEG = {
     "cyan": 180.0,
     "blue": 225.0,
     "purple": 280.0,
+    # The more colours each shape and motion comes in, the less a model learns that one of them
+    # never comes as a square.
+    "lime": 88.0,
+    "mint": 150.0,
+    "azure": 202.0,
+    "indigo": 252.0,
+    "magenta": 305.0,
+    "pink": 331.0,
 }
 SHAPES = ("circle", "square", "triangle")
 MOTIONS = {

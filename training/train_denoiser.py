@@ -20,9 +20,9 @@ from training.clips import BACKGROUNDS, Combination, all_combinations, draw_clip
 from training.loop import MovingAverage, run_steps
 from training.train_vae import to_model_range
 
-NUM_STEPS, FINISH_STEPS = 6600, 900
+NUM_STEPS, FINISH_STEPS = 6400, 800
 ENCODE_BATCH = 20
-CLIPS_PER_CAPTION = 30
+CLIPS_PER_CAPTION = 20
 BATCH_SIZES = {1: 32, 2: 48, 4: 48}  # by f_patch_size; about as many tokens each
 MUON_LEARNING_RATE, ADAM_LEARNING_RATE = 2e-3, 2e-3
 CAPTION_DROPOUT = 0.1
