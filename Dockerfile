@@ -14,6 +14,7 @@ COPY --chown=ray:users jobs jobs
 COPY --chown=ray:users media media
 COPY --chown=ray:users migrations migrations
 COPY --chown=ray:users models models
+COPY --chown=ray:users parallel parallel
 COPY --chown=ray:users training training
 RUN pip install --no-cache-dir --constraint constraints.txt --editable '.[gpu]'
 COPY --chown=ray:users serve_config.yaml ./

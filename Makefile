@@ -6,7 +6,7 @@ BIN := .venv/bin
 export RAY_AUTH_MODE := token
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo serve test test-all test-unit test-database test-serve test-k8s lint format \
+.PHONY: setup demo serve test test-all test-unit test-parallel test-database test-serve test-k8s lint format \
 	bench train-demo
 
 setup: .venv/.ready
@@ -33,6 +33,9 @@ test-all: setup
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit
 
+test-parallel: setup
+	$(BIN)/python -m pytest tests/parallel
+
 test-database: setup
 	$(BIN)/python -m pytest tests/database
 
@@ -56,6 +59,7 @@ bench: setup
 	$(BIN)/python -m bench.prompt_adherence
 	$(BIN)/python -m bench.cluster_tax
 	$(BIN)/python -m bench.ledger_contention
+	$(BIN)/python -m bench.parallel_plans
 	$(BIN)/python -m bench.money_simulation --seeds 5
 	$(BIN)/python -m bench.money_simulation --seeds 5 --database postgresql
 

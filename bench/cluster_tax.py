@@ -1,9 +1,10 @@
 """What the cluster costs: CPU-seconds and wall seconds a video, against one plain process.
 
 Both sides make the same videos with the same model code and ffmpeg and two torch threads, on a
-warm start. The plain side is a loop in one process. The cluster's side goes through HTTP; its CPU
-time is user + system time of every process of Ray, Serve and ffmpeg, what they burn while idle
-included.
+warm start, in turns, so that a machine that is slower for a minute is so for both. The plain side
+is a loop in one process; while it runs, the cluster's processes are stopped. The cluster's side
+goes through HTTP; its CPU time is user + system time of every process of Ray, Serve and ffmpeg,
+what they burn while idle included.
 """
 
 import argparse
@@ -63,18 +64,45 @@ def total_cpu_s(root: psutil.Process) -> float:
     return total
 
 
-def run_plain(folder: Path, fields: dict[str, Any], num_jobs: int) -> tuple[list[Cost], float]:
-    """In a process of its own: the costs of each video, and videos a second over all."""
-    script = [sys.executable, "-m", "bench.plain_process", str(folder), json.dumps(fields)]
-    output = subprocess.run(
-        [*script, str(num_jobs), str(NUM_THREADS)],
-        check=True,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    ).stdout
-    content = json.loads(output.splitlines()[-1])
-    return [Cost(**cost) for cost in content["costs"]], content["videos_per_s"]
+class PlainProcess:
+    """`bench.plain_process` for one kind of video, warmed up by a first one."""
+
+    def __init__(self, folder: Path, fields: dict[str, Any]) -> None:
+        script = [sys.executable, "-m", "bench.plain_process", str(folder), json.dumps(fields)]
+        self.process = subprocess.Popen(
+            [*script, str(NUM_THREADS)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.make_video()
+
+    def make_video(self) -> Cost:
+        """One video; nothing else of ours should run meanwhile."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return Cost(**json.loads(self.process.stdout.readline()))
+
+    def close(self) -> None:
+        """End it; it has nothing to lose."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def stopped(root: psutil.Process) -> Iterator[None]:
+    """A process and its descendants, held for a few seconds, which their time-outs outlast."""
+    processes = [root, *root.children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in reversed(processes):
+            process.resume()
 
 
 @contextlib.contextmanager
@@ -128,17 +156,12 @@ def finish_video(client: Client, video_id: str) -> dict[str, Any]:
     raise RuntimeError(f"{video_id}: the events ended early")
 
 
-def run_cluster(
-    cluster: psutil.Process, client: Client, fields: dict[str, Any], num_jobs: int
-) -> list[Cost]:
-    """One video after the other."""
-    costs = []
-    for _ in range(num_jobs):
-        cpu_s, wall_s = total_cpu_s(cluster), time.monotonic()
-        make_video(client, fields)
-        wall_s = time.monotonic() - wall_s
-        costs.append(Cost(total_cpu_s(cluster) - cpu_s, wall_s))
-    return costs
+def run_cluster(cluster: psutil.Process, client: Client, fields: dict[str, Any]) -> Cost:
+    """One video."""
+    cpu_s, wall_s = total_cpu_s(cluster), time.monotonic()
+    make_video(client, fields)
+    wall_s = time.monotonic() - wall_s
+    return Cost(total_cpu_s(cluster) - cpu_s, wall_s)
 
 
 def run_queue(client: Client, fields: dict[str, Any], num_jobs: int) -> float:
@@ -165,21 +188,46 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`: stop the cluster
     print(describe_machine())
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
         large = Path(folder) / "large"
         large.mkdir()
         write_random_checkpoint(large, dim=512, num_layers=8)
         home = Path(folder) / "home"
         home.mkdir()
-        with running_cluster(home, large) as (cluster, client):
-            raise_concurrency(home, arguments.queued)
-            for fields in (DEMO, LARGE):
-                make_video(client, fields)
-            cluster_demo = run_cluster(cluster, client, DEMO, arguments.jobs)
-            cluster_large = run_cluster(cluster, client, LARGE, arguments.jobs)
-            cluster_videos_per_s = run_queue(client, LARGE, arguments.queued)
-        plain_demo, _ = run_plain(ROOT / "models/demo", DEMO, arguments.jobs)
-        plain_large, plain_videos_per_s = run_plain(large, LARGE, arguments.queued)
+        plain = {}
+        for name, checkpoint, fields in (
+            ("demo", ROOT / "models/demo", DEMO),
+            ("large", large, LARGE),
+        ):
+            plain[name] = PlainProcess(checkpoint, fields)
+            ending.callback(plain[name].close)
+        cluster, client = ending.enter_context(running_cluster(home, large))
+        raise_concurrency(home, arguments.queued)
+        for fields in (DEMO, LARGE):
+            make_video(client, fields)
+
+        def in_turns(name: str, fields: dict[str, Any]) -> tuple[list[Cost], list[Cost]]:
+            ours, others = [], []
+            for _ in range(arguments.jobs):
+                ours.append(run_cluster(cluster, client, fields))
+                with stopped(cluster):
+                    others.append(plain[name].make_video())
+            return ours, others
+
+        cluster_demo, plain_demo = in_turns("demo", DEMO)
+        cluster_large, plain_large = in_turns("large", LARGE)
+        queued_s, plain_queued_s = 0.0, 0.0
+        for _ in range(2):
+            queued_s += arguments.queued / run_queue(client, LARGE, arguments.queued)
+            for _ in range(3):
+                with stopped(cluster):
+                    cost = plain["large"].make_video()
+                plain_large.append(cost)
+                plain_queued_s += cost.wall_s
+        cluster_videos_per_s, plain_videos_per_s = (
+            2 * arguments.queued / queued_s,
+            6 / plain_queued_s,
+        )
     rows = {
         "demo prompt, plain process": plain_demo,
         "demo prompt, cluster": cluster_demo,

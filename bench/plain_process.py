@@ -1,4 +1,7 @@
-"""The other side of `bench.cluster_tax`: the same videos in one plain process, one by one."""
+"""The other side of `bench.cluster_tax`: the same videos in one plain process.
+
+It makes one video for each line that it is sent, and answers with what that one cost.
+"""
 
 import json
 import resource
@@ -22,7 +25,7 @@ def cpu_s() -> float:
 
 
 def main() -> None:
-    folder, fields, num_jobs, num_threads = sys.argv[1:]
+    folder, fields, num_threads = sys.argv[1:]
     torch.set_num_threads(int(num_threads))
     given = {**json.loads(fields)}
     given.pop("model", None)
@@ -31,12 +34,8 @@ def main() -> None:
     model = load_model(Path(folder))
     request = model.resolve(given)
     encoder, denoiser, decoder = load_encoder(model), load_denoiser(model), load_decoder(model)
-    costs = []
-    started_s = time.monotonic()
     with tempfile.TemporaryDirectory() as out:
-        for index in range(int(num_jobs) + 1):
-            if index == 1:
-                started_s = time.monotonic()  # the first one warms up
+        for index, _ in enumerate(sys.stdin):
             before_cpu_s, before_s = cpu_s(), time.monotonic()
             conditioning = encoder.encode(request, None)
             *_, last = denoise(denoiser, request, conditioning)
@@ -46,9 +45,8 @@ def main() -> None:
                 for frames in decoder.decode(request, last.latents.numpy()):
                     mp4.write(frames)
                 mp4.finish()
-            costs.append({"cpu_s": cpu_s() - before_cpu_s, "wall_s": time.monotonic() - before_s})
-    videos_per_s = int(num_jobs) / (time.monotonic() - started_s)
-    print(json.dumps({"costs": costs[1:], "videos_per_s": videos_per_s}))
+            cost = {"cpu_s": cpu_s() - before_cpu_s, "wall_s": time.monotonic() - before_s}
+            print(json.dumps(cost), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("autoscaling", "credits", "deployments", "jobs", "media", "migrations", "models")
+PACKAGES = (
+    "autoscaling",
+    "credits",
+    "deployments",
+    "jobs",
+    "media",
+    "migrations",
+    "models",
+    "parallel",
+)
 
 
 class ForeignPackage(Exception):

@@ -1,0 +1,72 @@
+"""What a denoise step costs, by family and size: torch-free, for whoever plans without a GPU.
+
+UNets: counted on the meta device with `FlopCounterMode` (SVD-XT at 25 x 576 x 1024: 159.9
+TFLOP a step; AnimateDiff at 16 x 512 x 512: 35.5; both of two texts), and taken to grow with
+frames and area. Transformers: 4 L N^2 D for attention, and so many operations a token for the
+rest.
+"""
+
+from models.request import ModelFamily
+from parallel.plan import FrameShape, StepShape, TokenShape
+
+BYTES = 2  # fp16 or bf16
+TEXT_TOKENS = {ModelFamily.Z_IMAGE_VIDEO: 512, ModelFamily.HUNYUAN_VIDEO: 256}
+
+
+def denoise_shape(
+    family: ModelFamily,
+    num_frames: int,
+    width: int,
+    height: int,
+    *,
+    f_patch_size: int = 1,
+    guided: bool = True,
+) -> StepShape:
+    """The shape of one step at full size; num_frames is what the family generates."""
+    num_texts = 2 if guided else 1
+    if family is ModelFamily.ANIMATEDIFF:
+        scale = num_frames * width * height / (16 * 512 * 512) * num_texts / 2
+        return FrameShape(
+            num_texts=num_texts,
+            num_frames=num_frames,
+            flops=35.5e12 * scale,
+            temporal_bytes=765e6 * scale,
+            halo_bytes=0.0,
+            num_collectives=63,
+            latent_bytes=_latent_bytes(4, num_frames, width, height),
+        )
+    if family in (ModelFamily.SVD, ModelFamily.SVD_XT):
+        area = width * height / (1024 * 576) * num_texts / 2
+        scale = num_frames / 25 * area
+        return FrameShape(
+            num_texts=num_texts,
+            num_frames=num_frames,
+            flops=159.9e12 * scale,
+            temporal_bytes=2.60e9 * scale,
+            halo_bytes=217e6 * area,
+            num_collectives=120,
+            latent_bytes=_latent_bytes(4, num_frames, width, height),
+        )
+    latent_frames = (num_frames - 1) // 4 + 1
+    # what patches of 2 by 2 latent pixels, 8 pixels each, come to
+    tokens = -(-latent_frames // f_patch_size) * (width // 16) * (height // 16)
+    tokens += TEXT_TOKENS[family]
+    if family is ModelFamily.Z_IMAGE_VIDEO:
+        heads, layers, model_width, linear_flops = 30, 32, 3840, 1.13e10
+    else:
+        heads, layers, model_width, linear_flops = 24, 60, 3072, 1.36e10
+    return TokenShape(
+        num_texts=num_texts,
+        num_tokens=tokens,
+        num_heads=heads,
+        num_layers=layers,
+        linear_flops=num_texts * linear_flops * tokens,
+        attention_flops=num_texts * 4.0 * layers * tokens**2 * model_width,
+        activation_bytes=float(tokens * model_width * BYTES),
+        latent_bytes=_latent_bytes(16, latent_frames, width, height),
+    )
+
+
+def _latent_bytes(channels: int, frames: int, width: int, height: int) -> float:
+    """float32, as latents are kept between steps."""
+    return 4.0 * channels * frames * (width // 8) * (height // 8)

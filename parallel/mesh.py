@@ -1,0 +1,60 @@
+"""The process groups of a plan: made when a plan is first used, then kept."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from parallel.plan import ParallelPlan
+from parallel.process_group import ProcessGroup, Traffic
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """The groups that this rank works in while a plan holds.
+
+    guidance: the ranks that hold the same part for the other texts; part: those that share this
+    branch's frames or tokens; ulysses and ring: how the latter do it, if tokens are shared.
+    """
+
+    plan: ParallelPlan
+    guidance: ProcessGroup
+    part: ProcessGroup
+    ulysses: ProcessGroup
+    ring: ProcessGroup
+
+
+class MeshBuilder:
+    """Builds the meshes of one rank. All ranks of a plan must ask for it, in the same order."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.traffic = Traffic()
+        self.groups: dict[tuple[int, ...], ProcessGroup] = {}
+
+    def mesh(self, plan: ParallelPlan, ranks: tuple[int, ...]) -> Mesh:
+        """The groups of a plan over these ranks, this one among them.
+
+        Ranks are numbered by node, so that a Ulysses group is a run of neighbours: position is
+        (guidance * ring + place in the ring) * ulysses + place in Ulysses.
+        """
+        if len(ranks) != plan.degree:
+            raise ValueError(f"{plan} needs {plan.degree} ranks, not {len(ranks)}")
+        size = plan.degree // plan.guidance  # of a branch
+        branch, place = divmod(ranks.index(self.rank), size)
+        part = ranks[branch * size : (branch + 1) * size]
+        turn, seat = divmod(place, plan.ulysses)
+        return Mesh(
+            plan,
+            guidance=self._group(ranks[place::size]),
+            part=self._group(part),
+            ulysses=self._group(part[turn * plan.ulysses : (turn + 1) * plan.ulysses]),
+            ring=self._group(part[seat :: plan.ulysses] if plan.frames == 1 else (self.rank,)),
+        )
+
+    def _group(self, ranks: tuple[int, ...]) -> ProcessGroup:
+        if ranks not in self.groups:
+            handle = None
+            if len(ranks) > 1:
+                handle = dist.new_group(list(ranks), use_local_synchronization=True)
+            self.groups[ranks] = ProcessGroup(ranks, self.rank, handle, self.traffic)
+        return self.groups[ranks]

@@ -1,0 +1,116 @@
+"""Sequence parallelism for full attention: each rank holds a run of the tokens.
+
+Inside a node each rank attends with some of the heads over all tokens (Ulysses,
+arXiv:2309.14509); across nodes keys and values go round a ring (arXiv:2310.01889). Both together
+are Ulysses inside and the ring across (USP, arXiv:2405.07719). There are no masks: the caller
+trims its text to what is valid.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.process_group import ProcessGroup, alone
+from parallel.shard import Shard, split_sizes
+
+
+class SequenceSharding:
+    """Who shares the tokens now: the one thing that sharded attention reads at each call.
+
+    everyone: all ranks of the sequence, ring * ulysses of them; the rank's number in it is its
+    number in the ring times the size of the Ulysses group plus its number there.
+    """
+
+    def __init__(self) -> None:
+        self.use(alone(), alone(), alone())
+
+    def use(self, everyone: ProcessGroup, ulysses: ProcessGroup, ring: ProcessGroup) -> None:
+        """Share sequences over these groups from now on; ValueError if they do not fit."""
+        if everyone.size != ulysses.size * ring.size:
+            raise ValueError(f"{everyone.size} ranks are not {ulysses.size} times {ring.size}")
+        self.everyone, self.ulysses, self.ring = everyone, ulysses, ring
+
+    def shard(self, length: int) -> Shard:
+        """The part of that many tokens that is this rank's."""
+        return Shard(split_sizes(length, self.everyone.size), self.everyone.rank)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+        """Attention of this rank's tokens over every rank's; all are [B, N, H, D].
+
+        lengths: the tokens of each rank of everyone. ValueError if ranks outnumber heads.
+        """
+        ulysses, ring = self.ulysses, self.ring
+        heads = split_sizes(query.shape[2], ulysses.size)
+        if 0 in heads:
+            raise ValueError(f"{query.shape[2]} heads cannot be shared by {ulysses.size} ranks")
+        start = ring.rank * ulysses.size
+        inside = lengths[start : start + ulysses.size]
+        stacked = torch.stack([query, key, value])
+        batch, width = query.shape[0], query.shape[3]
+        own_heads = heads[ulysses.rank]
+        received = ulysses.all_to_all(
+            torch.split(stacked, list(heads), dim=3),
+            [(3, batch, tokens, own_heads, width) for tokens in inside],
+        )
+        # [3, B, N, H/U, D] -> 3 of [B, H/U, N, D]
+        query, key, value = torch.cat(received, dim=2).transpose(2, 3).unbind(0)
+        across = [
+            sum(lengths[first : first + ulysses.size])
+            for first in range(0, len(lengths), ulysses.size)
+        ]
+        # [B, H/U, N, D] -> [B, N, H/U, D]
+        attended = _attend_round_ring(ring, query, key, value, across).transpose(1, 2)
+        parts = ulysses.all_to_all(
+            torch.split(attended, inside, dim=1),
+            [(batch, inside[ulysses.rank], count, width) for count in heads],
+        )
+        return torch.cat(parts, dim=2)
+
+
+def _attend_round_ring(
+    ring: ProcessGroup, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]
+) -> Tensor:
+    """[B, H, N, D] each; lengths: the keys of each rank of the ring."""
+    if ring.size == 1:
+        return F.scaled_dot_product_attention(query, key, value)
+    held = torch.stack([key, value])
+    attended = normaliser = None
+    for turn in range(ring.size):
+        last = turn == ring.size - 1
+        if not last:
+            # what arrives now was held, `turn + 1` ranks back, at the start
+            origin = (ring.rank - turn - 1) % ring.size
+            shape = (*held.shape[:3], lengths[origin], held.shape[4])
+            arriving = ring.pass_on(held, shape)
+        part, part_normaliser = _attend_with_normaliser(query, held[0], held[1])
+        if attended is None or normaliser is None:
+            attended, normaliser = part.float(), part_normaliser
+        else:
+            total = torch.logaddexp(normaliser, part_normaliser)
+            attended = (
+                attended * torch.exp(normaliser - total)[..., None]
+                + part.float() * torch.exp(part_normaliser - total)[..., None]
+            )
+            normaliser = total
+        if not last:
+            held = arriving()
+    assert attended is not None
+    return attended.to(query.dtype)
+
+
+def _attend_with_normaliser(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention and the logarithm of each query's softmax sum, float32 [B, H, N].
+
+    The kernels under `scaled_dot_product_attention`, which keeps that sum to itself.
+    """
+    aten = torch.ops.aten
+    if query.device.type == "cpu":
+        out, normaliser = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+    elif query.dtype in (torch.float16, torch.bfloat16):
+        out, normaliser = aten._scaled_dot_product_flash_attention(query, key, value)[:2]
+    else:
+        out, normaliser = aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True
+        )[:2]
+        normaliser = normaliser[..., : query.shape[2]]  # the kernel pads it
+    return out, normaliser.float()
