@@ -137,9 +137,9 @@ def plans(shape: StepShape, gpus: int, topology: Topology) -> Iterator[ParallelP
     nobody has measured here how much of its traffic the attention hides.
     """
     node = topology.gpus_per_node
-    if shape.num_texts > 1:
-        yield ParallelPlan()  # sharing the texts is what the others begin with
     texts = min(shape.num_texts, gpus)
+    if texts > 1:
+        yield ParallelPlan()  # sharing the texts is what the others begin with
     if isinstance(shape, FrameShape):
         for frames in range(1, min(node, shape.num_frames, gpus // texts) + 1):
             if node % frames == 0:

@@ -74,7 +74,7 @@ def _attend_round_ring(
     if ring.size == 1:
         return F.scaled_dot_product_attention(query, key, value)
     held = torch.stack([key, value])
-    attended = normaliser = None
+    parts, normalisers = [], []
     for turn in range(ring.size):
         last = turn == ring.size - 1
         if not last:
@@ -82,20 +82,14 @@ def _attend_round_ring(
             origin = (ring.rank - turn - 1) % ring.size
             shape = (*held.shape[:3], lengths[origin], held.shape[4])
             arriving = ring.pass_on(held, shape)
-        part, part_normaliser = _attend_with_normaliser(query, held[0], held[1])
-        if attended is None or normaliser is None:
-            attended, normaliser = part.float(), part_normaliser
-        else:
-            total = torch.logaddexp(normaliser, part_normaliser)
-            attended = (
-                attended * torch.exp(normaliser - total)[..., None]
-                + part.float() * torch.exp(part_normaliser - total)[..., None]
-            )
-            normaliser = total
+        part, normaliser = _attend_with_normaliser(query, held[0], held[1])
+        parts.append(part.float())
+        normalisers.append(normaliser)
         if not last:
             held = arriving()
-    assert attended is not None
-    return attended.to(query.dtype)
+    # all at once: merged one by one, rounding would grow with the ring
+    weights = torch.softmax(torch.stack(normalisers), dim=0)[..., None]
+    return (torch.stack(parts) * weights).sum(0).to(query.dtype)
 
 
 def _attend_with_normaliser(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

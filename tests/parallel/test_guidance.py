@@ -14,7 +14,7 @@ from parallel.process_group import alone
 
 pytestmark = pytest.mark.parallel
 
-GUIDANCE = 5.0
+GUIDANCE = 3.0
 EXACT = 1e-5  # guidance multiplies what rounding leaves
 
 
@@ -23,7 +23,7 @@ def guided_difference(rank: int, plan: ParallelPlan, swapped: bool) -> tuple[flo
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(4, 4, 6, 6, generator=generator)
     texts = [torch.randn(n, 16, generator=generator) for n in (20, 40)]
-    model = shard_cases.z_image().model
+    model = shard_cases.z_image(num_layers=1).model
 
     def predict(text: Tensor) -> Tensor:
         prediction: Tensor = model([latents], torch.tensor([0.4]), [text]).sample[0]

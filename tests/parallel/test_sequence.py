@@ -116,8 +116,11 @@ def test_attention_sends_what_the_formula_says(plan: ParallelPlan) -> None:
 
 def refusal(rank: int, name: str) -> str:
     mesh = MeshBuilder(rank).mesh(ParallelPlan(ulysses=2), (0, 1))
-    case = shard_cases.hunyuan() if name == "masked text" else shard_cases.z_image(heads=1)
-    shard = shard_hunyuan_video if name == "masked text" else shard_z_image
+    if name == "masked text":
+        case, shard = shard_cases.hunyuan(), shard_hunyuan_video
+    else:
+        heads = 1 if name == "few heads" else 2
+        case, shard = shard_cases.z_image(heads=heads), shard_z_image
     shard(case.model).use(mesh.part, mesh.ulysses, mesh.ring)
     latents = [torch.zeros(4, 4, 4, 4)] * 2
     texts = [torch.zeros(4, 16), torch.zeros(40, 16)]
