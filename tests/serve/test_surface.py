@@ -69,7 +69,7 @@ def test_an_edit_stays_near_its_source_and_costs_what_is_made(
     client: Client, source: dict[str, Any], tmp_path: Path
 ) -> None:
     distances, charges = [], []
-    for strength in (0.05, 1.0):
+    for strength in (0.2, 1.0):
         video, pixels = derive(
             client,
             "edits",
@@ -82,7 +82,7 @@ def test_an_edit_stays_near_its_source_and_costs_what_is_made(
         distances.append(np.abs(pixels - source["pixels"]).mean())
         charges.append(video["charged"])
     assert distances[0] < distances[1] / 2
-    assert charges == [4, 26]  # 26 x (10 + 90 x 1/20) / 100 and all of it
+    assert charges == [7, 26]  # 26 x (10 + 90 x 4/20) / 100 and all of it
 
 
 def test_a_remix_and_a_start_image_from_a_url(
