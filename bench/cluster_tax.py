@@ -87,8 +87,9 @@ class PlainProcess:
         return Cost(**json.loads(self.process.stdout.readline()))
 
     def close(self) -> None:
-        """End it; it has nothing to lose."""
-        self.process.kill()
+        """No more lines: it ends, and its folder goes with it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
         self.process.wait()
 
 

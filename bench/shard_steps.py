@@ -40,7 +40,7 @@ def _guide(positive: Tensor, negative: Tensor) -> Tensor:
     return negative + GUIDANCE * (positive - negative)
 
 
-def _frame_step(case: shard_cases.FrameCase, mesh: Mesh) -> Step:
+def frame_step(case: shard_cases.FrameCase, mesh: Mesh) -> Step:
     """Both texts are one batch."""
     sharding = shard_frames(case.model)
     own = Shard(split_sizes(NUM_FRAMES, mesh.part.size), mesh.part.rank)
@@ -135,10 +135,10 @@ def _hunyuan_step(mesh: Mesh) -> Step:
 
 
 STEPS: dict[str, Callable[[Mesh], Step]] = {
-    "animatediff": lambda mesh: _frame_step(
+    "animatediff": lambda mesh: frame_step(
         shard_cases.animatediff(NUM_FRAMES, width=96, size=32), mesh
     ),
-    "svd": lambda mesh: _frame_step(shard_cases.svd(NUM_FRAMES, width=64, size=32), mesh),
+    "svd": lambda mesh: frame_step(shard_cases.svd(NUM_FRAMES, width=64, size=32), mesh),
     "z-image-video": _z_image_step,
     "hunyuan-video": _hunyuan_step,
 }

@@ -110,12 +110,12 @@ def start_cluster(config: dict[str, object]) -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.25")
     # Stages of several jobs share the cores: a thread that waits must not spin for long. Not at
     # all would cost a sleep and a wake-up for each of a step's thousands of parallel regions.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # A step frees and takes the same large blocks over and over: glibc shall keep them, and in one
-    # arena, instead of having the kernel clear new pages each time (a tenth of the CPU time).
+    # arena, instead of having the kernel clear new pages each time.
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(512 << 20))

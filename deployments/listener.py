@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 logger = logging.getLogger("ray.serve")
 
 RECONNECT_S = 1.0
-POLL_S, LISTENING_POLL_S = 0.25, 2.0
+POLL_S, LISTENING_POLL_S = 0.1, 2.0
 
 
 class EventListener:

@@ -153,7 +153,7 @@ class VideoPipeline:
 
     async def _watch_cancellations(self) -> None:
         while True:
-            await _wait(self.cancel_wanted, 5 * self.leases.poll_s)
+            await _wait(self.cancel_wanted, self.leases.poll_s)
             self.cancel_wanted.clear()
             if self.running:
                 for job_id in await _when_back(self._read_cancellations):

@@ -1,9 +1,8 @@
 """What a denoise step costs, by family and size: torch-free, for whoever plans without a GPU.
 
-UNets: counted on the meta device with `FlopCounterMode` (SVD-XT at 25 x 576 x 1024: 159.9
-TFLOP a step; AnimateDiff at 16 x 512 x 512: 35.5; both of two texts), and taken to grow with
-frames and area. Transformers: 4 L N^2 D for attention, and so many operations a token for the
-rest.
+UNets: counted at SVD-XT's 25 x 576 x 1024 and AnimateDiff's 16 x 512 x 512, both of two texts, and
+taken to grow with frames and area. Transformers: 4 L N^2 D for attention, and so many operations a
+token for the rest. The tests count all of it again, on the real classes on the meta device.
 """
 
 from models.request import ModelFamily

@@ -5,6 +5,8 @@ attention processors are diffusers' own with the attention itself replaced. Text
 their valid tokens, one batch entry at a time, so that no mask is needed.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,17 +31,26 @@ def shard_z_image(transformer: ZImageTransformer2DModel) -> SequenceSharding:
     Inputs and outputs are whole, and the same on every rank.
     """
     sharding = SequenceSharding()
-    stretches = (transformer.noise_refiner, transformer.layers)
-    for blocks in stretches:
+    when_shared = partial(_when_shared, sharding)
+    for blocks in (transformer.noise_refiner, transformer.layers):
         stretch = ZImageStretch(sharding)
         for index, block in enumerate(blocks):
             enter = stretch.enter_first if index == 0 else stretch.enter
-            block.register_forward_pre_hook(enter)
+            block.register_forward_pre_hook(when_shared(enter))
             block.attention.set_processor(ZImageProcessor(stretch, block.attention.processor))
-        blocks[-1].register_forward_hook(stretch.leave)
-    control = ZImageControl(stretch, len(transformer.layers))
-    transformer.register_forward_pre_hook(control.cut, with_kwargs=True)
+        blocks[-1].register_forward_hook(when_shared(stretch.leave))
+    cut_control = partial(_cut_control, sharding, len(transformer.layers) - 1)
+    transformer.register_forward_pre_hook(when_shared(cut_control), with_kwargs=True)
     return sharding
+
+
+def _when_shared(sharding: SequenceSharding, act: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that changes nothing while there is nobody to share with."""
+
+    def hook(_module: nn.Module, *given: Any) -> Any:
+        return act(*given) if sharding.everyone.size > 1 else None
+
+    return hook
 
 
 class ZImageStretch:
@@ -49,52 +60,36 @@ class ZImageStretch:
         self.sharding = sharding
         self.tokens = Shard((1,), 0)
 
-    @property
-    def active(self) -> bool:
-        """Whether there is anybody to share with."""
-        return self.sharding.everyone.size > 1
-
-    def enter_first(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def enter_first(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before the first block: cut the tokens, then as before the others."""
-        if not self.active:
-            return None
         self.tokens = self.sharding.shard(args[0].shape[1])
-        return self.enter(module, (self.tokens.cut(args[0], 1), *args[1:]))
+        return self.enter((self.tokens.cut(args[0], 1), *args[1:]))
 
-    def enter(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def enter(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before each block: (hidden, mask, rotary embedding, ...); cut the embedding."""
-        if not self.active:
-            return None
         hidden, mask, rotary, *rest = args
         if mask is not None:
             raise ValueError(MASKED)
         return (hidden, None, self.tokens.cut(rotary, 1), *rest)
 
-    def leave(self, _module: nn.Module, _args: tuple[Any, ...], hidden: Tensor) -> Tensor | None:
+    def leave(self, _args: tuple[Any, ...], hidden: Tensor) -> Tensor:
         """After the last block: all tokens again."""
-        if not self.active:
-            return None
         return self.sharding.everyone.all_gather(hidden, self.tokens.sizes, 1)
 
 
-class ZImageControl:
-    """Cuts the residuals of a control network, which are added between the blocks."""
-
-    def __init__(self, layers: ZImageStretch, num_layers: int) -> None:
-        self.layers = layers
-        self.num_layers = num_layers
-
-    def cut(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        """All but the last block's, which is added when the tokens are whole again."""
-        samples = kwargs.get("controlnet_block_samples")
-        if samples is None or not self.layers.active:
-            return args, kwargs
-        tokens = self.layers.sharding.shard(next(iter(samples.values())).shape[1])
-        cut = {
-            layer: sample if layer == self.num_layers - 1 else tokens.cut(sample, 1)
-            for layer, sample in samples.items()
-        }
-        return args, kwargs | {"controlnet_block_samples": cut}
+def _cut_control(
+    sharding: SequenceSharding, last_layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Arguments:
+    """Cut a control network's residuals, but the last: there the tokens are whole again."""
+    samples = kwargs.get("controlnet_block_samples")
+    if samples is None:
+        return args, kwargs
+    tokens = sharding.shard(next(iter(samples.values())).shape[1])
+    cut = {
+        layer: sample if layer == last_layer else tokens.cut(sample, 1)
+        for layer, sample in samples.items()
+    }
+    return args, kwargs | {"controlnet_block_samples": cut}
 
 
 class ZImageProcessor:
@@ -113,7 +108,7 @@ class ZImageProcessor:
         freqs_cis: Tensor | None = None,
     ) -> Tensor:
         """hidden_states: [1, N, D], this rank's tokens."""
-        if not self.stretch.active:
+        if self.stretch.sharding.everyone.size == 1:
             whole: Tensor = self.stock(
                 attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis
             )
@@ -135,15 +130,16 @@ def shard_hunyuan_video(transformer: HunyuanVideoTransformer3DModel) -> Sequence
     Inputs and outputs are whole, and the same on every rank; the text is trimmed.
     """
     sharding = SequenceSharding()
+    when_shared = partial(_when_shared, sharding)
     sequences = HunyuanSequences(sharding)
-    transformer.register_forward_pre_hook(sequences.check_text, with_kwargs=True)
-    transformer.rope.register_forward_hook(sequences.cut_rotary)
-    transformer.x_embedder.register_forward_hook(sequences.cut_image)
-    transformer.context_embedder.register_forward_hook(sequences.cut_text)
+    transformer.register_forward_pre_hook(when_shared(sequences.check_text), with_kwargs=True)
+    transformer.rope.register_forward_hook(when_shared(sequences.cut_rotary))
+    transformer.x_embedder.register_forward_hook(when_shared(sequences.cut_image))
+    transformer.context_embedder.register_forward_hook(when_shared(sequences.cut_text))
     for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
-        block.register_forward_pre_hook(sequences.count_first_frame)
+        block.register_forward_pre_hook(when_shared(sequences.count_first_frame))
         block.attn.set_processor(HunyuanProcessor(sequences, block.attn.processor))
-    transformer.proj_out.register_forward_hook(sequences.join_image)
+    transformer.proj_out.register_forward_hook(when_shared(sequences.join_image))
     return sharding
 
 
@@ -158,59 +154,37 @@ class HunyuanSequences:
         self.sharding = sharding
         self.image = self.text = Shard((1,), 0)
 
-    @property
-    def active(self) -> bool:
-        """Whether there is anybody to share with."""
-        return self.sharding.everyone.size > 1
-
-    def check_text(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def check_text(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """ValueError if the text is padded: (latents, timestep, text, mask, ...)."""
-        if self.active:
-            mask = kwargs["encoder_attention_mask"] if len(args) < 4 else args[3]
-            if not bool(mask.all()):
-                raise ValueError(MASKED)
+        mask = kwargs["encoder_attention_mask"] if len(args) < 4 else args[3]
+        if not bool(mask.all()):
+            raise ValueError(MASKED)
 
     def cut_rotary(
-        self, _module: nn.Module, _args: tuple[Any, ...], rotary: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor] | None:
+        self, _args: tuple[Any, ...], rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """cos and sin, [N, D] each."""
-        if not self.active:
-            return None
         shard = self.sharding.shard(rotary[0].shape[0])
         return shard.cut(rotary[0], 0), shard.cut(rotary[1], 0)
 
-    def cut_image(
-        self, _module: nn.Module, _args: tuple[Any, ...], hidden: Tensor
-    ) -> Tensor | None:
+    def cut_image(self, _args: tuple[Any, ...], hidden: Tensor) -> Tensor:
         """[1, N, D]"""
-        if not self.active:
-            return None
         self.image = self.sharding.shard(hidden.shape[1])
         return self.image.cut(hidden, 1)
 
-    def cut_text(self, _module: nn.Module, _args: tuple[Any, ...], hidden: Tensor) -> Tensor | None:
+    def cut_text(self, _args: tuple[Any, ...], hidden: Tensor) -> Tensor:
         """[1, N, D]"""
-        if not self.active:
-            return None
         self.text = self.sharding.shard(hidden.shape[1])
         cut = self.text.cut(hidden, 1)
         return cut if self.text.size else hidden.new_zeros(1, 1, hidden.shape[2])
 
-    def count_first_frame(
-        self, _module: nn.Module, args: tuple[Any, ...]
-    ) -> tuple[Any, ...] | None:
+    def count_first_frame(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The last argument is how many tokens the first frame has; here, how many of them."""
-        if not self.active:
-            return None
         here = min(max(args[-1] - self.image.offset, 0), self.image.size)
         return (*args[:-1], here)
 
-    def join_image(
-        self, _module: nn.Module, _args: tuple[Any, ...], hidden: Tensor
-    ) -> Tensor | None:
+    def join_image(self, _args: tuple[Any, ...], hidden: Tensor) -> Tensor:
         """[1, N, D], of all ranks."""
-        if not self.active:
-            return None
         return self.sharding.everyone.all_gather(hidden, self.image.sizes, 1)
 
 
@@ -230,7 +204,7 @@ class HunyuanProcessor:
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """hidden_states, encoder_hidden_states: [1, N, D], this rank's image and text tokens."""
-        if not self.sequences.active:
+        if self.sequences.sharding.everyone.size == 1:
             whole: tuple[Tensor, Tensor] = self.stock(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )

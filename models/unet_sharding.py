@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from parallel.frames import FrameGroupNorm, FrameHaloConv3d, FrameOffset, FrameSharding
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 def shard_frames(model: nn.Module) -> FrameSharding:
     """Prepare a `UNetMotionModel`, `UNetSpatioTemporalConditionModel` or `TemporalDecoder`.
@@ -53,23 +55,15 @@ class MotionLayout:
         self.sharding = sharding
         self.space = 0
 
-    def enter(
-        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """[B*H*W, F/R, C] -> [B*H*W/R, F, C]"""
-        if self.sharding.group.size == 1:
-            return None
         hidden = kwargs["hidden_states"]
         self.space = hidden.shape[0]
         hidden = self.sharding.to_space(hidden, frame_dim=1, space_dim=0)
         return args, kwargs | {"hidden_states": hidden}
 
-    def leave(
-        self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], hidden: Tensor
-    ) -> Tensor | None:
+    def leave(self, hidden: Tensor) -> Tensor:
         """The inverse."""
-        if self.sharding.group.size == 1:
-            return None
         return self.sharding.to_frames(hidden, frame_dim=1, space_dim=0, space=self.space)
 
 
@@ -80,12 +74,8 @@ class SpatioTemporalLayout:
         self.sharding = sharding
         self.space = 0
 
-    def enter(
-        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """[B*F/R, H*W, C] -> [B*F, H*W/R, C]; the context of time [B*H*W, L, D] likewise."""
-        if self.sharding.group.size == 1:
-            return None
         (hidden,) = args
         frames = self.sharding.frames
         self.space = hidden.shape[1]
@@ -97,12 +87,8 @@ class SpatioTemporalLayout:
         changed = {"num_frames": frames.length, "encoder_hidden_states": context}
         return (hidden.flatten(0, 1),), kwargs | changed
 
-    def leave(
-        self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], hidden: Tensor
-    ) -> Tensor | None:
+    def leave(self, hidden: Tensor) -> Tensor:
         """The inverse."""
-        if self.sharding.group.size == 1:
-            return None
         hidden = hidden.unflatten(0, (-1, self.sharding.frames.length))
         hidden = self.sharding.to_frames(hidden, frame_dim=1, space_dim=2, space=self.space)
         return hidden.flatten(0, 1)
@@ -111,6 +97,15 @@ class SpatioTemporalLayout:
 def _wrap(
     blocks: nn.ModuleList | list[nn.Module], layout: MotionLayout | SpatioTemporalLayout
 ) -> None:
-    """Into the layout before the first block, out of it after the last."""
-    blocks[0].register_forward_pre_hook(layout.enter, with_kwargs=True)
-    blocks[-1].register_forward_hook(layout.leave, with_kwargs=True)
+    """Into the layout before the first block, out of it after the last, if there is sharing."""
+
+    def enter(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        return layout.enter(args, kwargs) if layout.sharding.group.size > 1 else None
+
+    def leave(_module: nn.Module, _args: tuple[Any, ...], hidden: Tensor) -> Tensor | None:
+        return layout.leave(hidden) if layout.sharding.group.size > 1 else None
+
+    blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
+    blocks[-1].register_forward_hook(leave)

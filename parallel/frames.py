@@ -55,8 +55,8 @@ class FrameSharding:
 class FrameGroupNorm(nn.GroupNorm):
     """A group norm over [B, C, F, H, W] whose statistics are those of every rank's frames.
 
-    Means and variances are joined by Chan's formula in float32, weighted by frames. It shares the
-    parameters of the norm that it replaces, under the same names.
+    Means and variances are joined by Chan's formula in at least float32, weighted by frames. It
+    shares the parameters of the norm that it replaces, under the same names.
     """
 
     def __init__(self, norm: nn.GroupNorm, sharding: FrameSharding) -> None:
@@ -69,11 +69,12 @@ class FrameGroupNorm(nn.GroupNorm):
         group, frames = self.sharding.group, self.sharding.frames
         if group.size == 1:
             return super().forward(hidden)
-        grouped = hidden.float().reshape(len(hidden), self.num_groups, -1)
+        precision = torch.promote_types(hidden.dtype, torch.float32)
+        grouped = hidden.to(precision).reshape(len(hidden), self.num_groups, -1)
         variance, mean = torch.var_mean(grouped, dim=2, correction=0)
         # [R, 2, B, G]
         gathered = group.all_gather(torch.stack([mean, variance])[None], [1] * group.size, 0)
-        shares = torch.tensor(frames.sizes, device=hidden.device) / frames.length
+        shares = torch.tensor(frames.sizes, dtype=precision, device=hidden.device) / frames.length
         shares = shares[:, None, None]
         means, variances = gathered[:, 0], gathered[:, 1]
         mean = (shares * means).sum(0)
@@ -81,8 +82,8 @@ class FrameGroupNorm(nn.GroupNorm):
         scale = torch.rsqrt(variance + self.eps)
         normalised = ((grouped - mean[..., None]) * scale[..., None]).view(hidden.shape)
         channels = (1, -1, 1, 1, 1)
-        weighted = normalised * self.weight.float().view(channels)
-        return (weighted + self.bias.float().view(channels)).to(hidden.dtype)
+        weighted = normalised * self.weight.to(precision).view(channels)
+        return (weighted + self.bias.to(precision).view(channels)).to(hidden.dtype)
 
 
 class FrameHaloConv3d(nn.Conv3d):

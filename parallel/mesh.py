@@ -16,7 +16,6 @@ class Mesh:
     branch's frames or tokens; ulysses and ring: how the latter do it, if tokens are shared.
     """
 
-    plan: ParallelPlan
     guidance: ProcessGroup
     part: ProcessGroup
     ulysses: ProcessGroup
@@ -44,7 +43,6 @@ class MeshBuilder:
         part = ranks[branch * size : (branch + 1) * size]
         turn, seat = divmod(place, plan.ulysses)
         return Mesh(
-            plan,
             guidance=self._group(ranks[place::size]),
             part=self._group(part),
             ulysses=self._group(part[turn * plan.ulysses : (turn + 1) * plan.ulysses]),

@@ -116,15 +116,6 @@ class ProcessGroup:
 
         return wait
 
-    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        """The source rank's tensor, on every rank; the others give one of its shape and dtype."""
-        if self.size > 1:
-            receivers = self.size - 1 if self.rank == source else 0
-            self.traffic.add("broadcast", [tensor] * receivers)
-            tensor = tensor.contiguous()
-            dist.broadcast(tensor, self.ranks[source], group=self.handle)
-        return tensor
-
     def _point(self, operation: Callable[..., object], tensor: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(operation, tensor, self.ranks[peer], self.handle)
 

@@ -83,8 +83,9 @@ def _attend_round_ring(
             shape = (*held.shape[:3], lengths[origin], held.shape[4])
             arriving = ring.pass_on(held, shape)
         part, normaliser = _attend_with_normaliser(query, held[0], held[1])
-        parts.append(part.float())
-        normalisers.append(normaliser)
+        precision = torch.promote_types(part.dtype, torch.float32)
+        parts.append(part.to(precision))
+        normalisers.append(normaliser.to(precision))
         if not last:
             held = arriving()
     # all at once: merged one by one, rounding would grow with the ring
@@ -93,7 +94,7 @@ def _attend_round_ring(
 
 
 def _attend_with_normaliser(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention and the logarithm of each query's softmax sum, float32 [B, H, N].
+    """Attention and the logarithm of each query's softmax sum, [B, H, N].
 
     The kernels under `scaled_dot_product_attention`, which keeps that sum to itself.
     """
@@ -107,4 +108,4 @@ def _attend_with_normaliser(query: Tensor, key: Tensor, value: Tensor) -> tuple[
             query, key, value, None, True
         )[:2]
         normaliser = normaliser[..., : query.shape[2]]  # the kernel pads it
-    return out, normaliser.float()
+    return out, normaliser

@@ -28,8 +28,9 @@ def client(cluster: Cluster) -> Client:
 
 @pytest.fixture(scope="module")
 def source(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A finished video: its id and its frames."""
-    video = cluster.client.create({"prompt": "a red circle moving right", "seed": 1})
+    """A finished video: its id and its frames. An edit that names no background keeps its own."""
+    prompt = "a red circle moving right on a light background"
+    video = cluster.client.create({"prompt": prompt, "seed": 1})
     finish(cluster.client, video["id"])
     path = tmp_path_factory.mktemp("source") / "source.mp4"
     cluster.client.download(video["id"], path)
