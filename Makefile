@@ -1,5 +1,6 @@
 PYTHON ?= python3.11
 PORT ?= 8000
+SEED ?= 1
 PROMPT = a red circle moving right
 export PROMPT
 BIN := .venv/bin
@@ -64,7 +65,7 @@ bench: setup
 	$(BIN)/python -m bench.money_simulation --seeds 5 --database postgresql
 
 train-demo: setup
-	$(BIN)/python -m training
+	$(BIN)/python -m training --seed $(SEED)
 
 .PHONY: image
 image:
