@@ -1,0 +1,237 @@
+"""The step scheduler's laws, on its own and over whole histories of requests."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoscaling.step_scheduler import (
+    Block,
+    Step,
+    StepSchedulerConfig,
+    Task,
+    guaranteed,
+    next_steps,
+)
+
+CONFIG = StepSchedulerConfig()
+NEVER = 1e12
+
+
+def make_task(name: str, **changes: object) -> Task:
+    task = Task(
+        id=name,
+        arrived_s=0.0,
+        deadline_s=100.0,
+        express_from_s=NEVER,
+        steps_left=10,
+        step_s={1: 1.0, 2: 0.52, 4: 0.3, 8: 0.2},
+    )
+    return replace(task, **changes)  # type: ignore[arg-type]
+
+
+def on_one_gpu(name: str, **changes: object) -> Task:
+    return make_task(name, step_s={1: 1.0}, **changes)
+
+
+def run_to_end(
+    num_ranks: int, tasks: list[Task], config: StepSchedulerConfig = CONFIG
+) -> list[Step]:
+    """Every step of a history, in the order of their beginnings; tasks arrive at arrived_s."""
+    history: list[Step] = []
+    under_way: list[Step] = []
+    coming = sorted(tasks, key=lambda task: task.arrived_s)
+    waiting: dict[str, Task] = {}
+    at_work: dict[str, Task] = {}
+    now_s = 0.0
+    while coming or waiting or at_work:
+        moments = [task.arrived_s for task in coming[:1]] + [step.ends_s for step in under_way]
+        now_s = max(now_s, min(moments))
+        while coming and coming[0].arrived_s <= now_s:
+            task = coming.pop(0)
+            waiting[task.id] = task
+        for step in [step for step in under_way if step.ends_s <= now_s]:
+            under_way.remove(step)
+            task = at_work.pop(step.task_id)
+            if task.steps_left > 1:
+                waiting[task.id] = replace(task, steps_left=task.steps_left - 1, block=step.block)
+        begun = next_steps(now_s, num_ranks, waiting.values(), under_way, config)
+        for step in begun:
+            at_work[step.task_id] = waiting.pop(step.task_id)
+        under_way += begun
+        history += begun
+        assert under_way or not waiting, "ranks and requests, but nothing runs"
+    return history
+
+
+tasks_strategy = st.lists(
+    st.builds(
+        lambda arrived, left, express, steps, first, efficiency, value: make_task(
+            "?",
+            arrived_s=arrived,
+            deadline_s=arrived + left,
+            express_from_s=arrived + express,
+            steps_left=steps,
+            step_s={k: first / k**efficiency for k in (1, 2, 4)},
+            value=value,
+        ),
+        st.floats(0, 20),
+        st.floats(0.1, 60),
+        st.sampled_from([0.0, 30.0, NEVER]),
+        st.integers(1, 6),
+        st.floats(0.1, 9),
+        st.floats(0.3, 1),
+        st.floats(0.1, 9),
+    ),
+    min_size=1,
+    max_size=8,
+).map(lambda tasks: [replace(task, id=str(n)) for n, task in enumerate(tasks)])
+
+
+@settings(max_examples=150, deadline=None)
+@given(tasks_strategy, st.sampled_from([1, 2, 4, 6]))
+def test_every_step_runs_once_on_aligned_ranks_of_its_own(
+    tasks: list[Task], num_ranks: int
+) -> None:
+    history = run_to_end(num_ranks, tasks)
+    for task in tasks:
+        steps = [step for step in history if step.task_id == task.id]
+        assert len(steps) == task.steps_left
+        starts = [step.ends_s - task.step_s[step.block.size] for step in steps]
+        assert all(
+            start >= before.ends_s - 1e-9 for before, start in zip(steps, starts[1:], strict=False)
+        )
+    intervals: dict[int, list[tuple[float, float]]] = {}
+    for step in history:
+        assert step.block.first % step.block.size == 0
+        task = next(task for task in tasks if task.id == step.task_id)
+        begins_s = step.ends_s - task.step_s[step.block.size]
+        for rank in step.block.ranks:
+            assert rank < num_ranks
+            intervals.setdefault(rank, []).append((begins_s, step.ends_s))
+    for taken in intervals.values():
+        taken.sort()
+        assert all(a[1] <= b[0] + 1e-9 for a, b in pairwise(taken))
+
+
+def test_equals_run_one_after_the_other() -> None:
+    history = run_to_end(1, [on_one_gpu("a"), on_one_gpu("b", arrived_s=0.5)])
+    assert [step.task_id for step in history] == ["a"] * 10 + ["b"] * 10
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 8])
+def test_express_overtakes_at_the_next_boundary(num_ranks: int) -> None:
+    busy = [on_one_gpu(f"basic-{n}", deadline_s=11.0) for n in range(2 * num_ranks)]
+    express = on_one_gpu("express", arrived_s=2.5, express_from_s=2.5, deadline_s=1000.0)
+    history = run_to_end(num_ranks, [*busy, express])
+    own = [step for step in history if step.task_id == "express"]
+    assert own[0].ends_s == 4.0  # the step that was under way ends at 3
+    assert [step.ends_s for step in own] == [4.0 + n for n in range(10)]
+    parked = [step for step in history if step.task_id == "basic-0"]
+    assert len(parked) == 10  # none of its steps ran twice
+
+
+def test_without_express_the_earlier_deadline_goes_first() -> None:
+    first = on_one_gpu("first", deadline_s=30.0)
+    second = on_one_gpu("second", arrived_s=2.5, deadline_s=1000.0)
+    history = run_to_end(1, [first, second])
+    assert [step.task_id for step in history] == ["first"] * 10 + ["second"] * 10
+
+
+def test_nothing_starves() -> None:
+    """Express requests that always fill the rank, and one that becomes express by waiting."""
+    stream = [
+        on_one_gpu(
+            f"enterprise-{n}",
+            arrived_s=2.0 * n,
+            express_from_s=0.0,
+            steps_left=2,
+            deadline_s=2.0 * n + 8.0,
+        )
+        for n in range(40)
+    ]
+    ageing = on_one_gpu("free", steps_left=3, deadline_s=10.0, express_from_s=30.0)
+    history = run_to_end(1, [*stream, ageing])
+    assert max(step.ends_s for step in history if step.task_id == "free") < 40.0
+    never = replace(ageing, express_from_s=NEVER)
+    history = run_to_end(1, [*stream, never])
+    assert max(step.ends_s for step in history if step.task_id == "free") > 80.0
+
+
+def test_the_smallest_degree_that_leaves_time() -> None:
+    def degree(deadline_s: float) -> int:
+        busy = Step("other", Block(4, 4), 50.0)  # so that nothing grows past what it needs
+        task = make_task("t", deadline_s=deadline_s)
+        crowd = [make_task(f"c{n}", deadline_s=1000.0, step_s={1: 1.0}) for n in range(3)]
+        steps = next_steps(0.0, 8, [task, *crowd], [busy], CONFIG)
+        return next(step for step in steps if step.task_id == "t").block.size
+
+    assert degree(30.0) == 1  # 10 s within half of 30
+    assert degree(12.0) == 2  # 5.2 s
+    assert degree(7.0) == 4
+
+
+def test_a_step_that_is_too_long_for_the_others_is_shared() -> None:
+    task = make_task("long", deadline_s=10_000.0, step_s={1: 54.0, 2: 29.0, 4: 14.7, 8: 7.5})
+    lend_none = replace(CONFIG, min_efficiency=2.0)
+    (step,) = next_steps(0.0, 8, [task], [], lend_none)
+    assert step.block.size == 8
+    (step,) = next_steps(0.0, 2, [replace(task, step_s={1: 54.0, 2: 29.0})], [], lend_none)
+    assert step.block.size == 2  # there is no quicker one
+
+
+def test_idle_ranks_are_lent_only_if_used_well() -> None:
+    task = make_task("t", deadline_s=1000.0)
+    (step,) = next_steps(0.0, 8, [task], [], CONFIG)
+    assert step.block.size == 4  # 1.0 s / (4 x 0.3 s) is 83 %, 1.0 s / (8 x 0.2 s) only 63 %
+    steps = next_steps(0.0, 2, [task, replace(task, id="u")], [], CONFIG)
+    assert [step.block.size for step in steps] == [1, 1]
+
+
+def test_overload_leaves_out_what_is_worth_least_for_its_work() -> None:
+    tasks = [
+        on_one_gpu("a", deadline_s=12.0, value=1.0),
+        on_one_gpu("b", deadline_s=13.0, value=3.0),
+        on_one_gpu("c", deadline_s=26.0, value=1.0),
+        on_one_gpu("late", deadline_s=5.0, value=100.0),
+    ]
+    kept = guaranteed(0.0, 1, tasks, CONFIG)
+    assert [task.id for task in kept] == ["b", "c"]
+    history = run_to_end(1, tasks)
+    ends = {step.task_id: step.ends_s for step in history}
+    assert ends["b"] <= 13.0
+    assert ends["c"] <= 26.0
+
+
+def test_a_wide_block_is_held_for_a_request_in_a_hurry() -> None:
+    """Short requests on single ranks would otherwise never leave four neighbours free at once."""
+    wide = make_task("wide", arrived_s=0.1, deadline_s=10.0, step_s={4: 0.8})
+    small = [
+        on_one_gpu(f"s{n}", arrived_s=0.25 * n, steps_left=1, deadline_s=0.25 * n + 300.0)
+        for n in range(60)
+    ]
+    history = run_to_end(4, [wide, *small])
+    assert max(step.ends_s for step in history if step.task_id == "wide") <= 10.0
+    assert {step.task_id for step in history} == {"wide", *(task.id for task in small)}
+
+
+def test_a_held_block_is_used_for_steps_that_end_in_time() -> None:
+    busy = [Step("x", Block(2, 1), 5.0), Step("y", Block(3, 1), 5.0)]
+    task = make_task("t", deadline_s=4.5, steps_left=10, express_from_s=0.0)
+    (step,) = next_steps(0.0, 4, [task], busy, CONFIG)
+    assert step.block == Block(0, 2)
+    slow = replace(task, step_s={2: 5.5, 4: 0.3})
+    assert next_steps(0.0, 4, [slow], busy, CONFIG) == []
+
+
+def test_a_task_stays_where_it_was() -> None:
+    task = on_one_gpu("t", block=Block(3, 1))
+    (step,) = next_steps(0.0, 4, [task], [], CONFIG)
+    assert step.block == Block(3, 1)
+
+
+def test_a_task_that_fits_nowhere_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"task t runs at \[4\] of 2 ranks"):
+        next_steps(0.0, 2, [make_task("t", step_s={4: 1.0})], [], CONFIG)
