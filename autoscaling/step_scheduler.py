@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pydantic import BaseModel, Field
+
 
 class Block(NamedTuple):
     """`size` neighbouring ranks from `first` on; first is a multiple of size."""
@@ -65,8 +67,7 @@ class Step:
     ends_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class StepSchedulerConfig:
+class StepSchedulerConfig(BaseModel, frozen=True, extra="forbid"):
     """capacity: the share of the GPUs' time that may be promised. hurry: a request runs at the
     smallest degree that ends within this share of the time it has. max_step_s: a degree whose step
     is longer is taken only if there is no quicker one, for so long may everyone else wait.
@@ -74,11 +75,11 @@ class StepSchedulerConfig:
     min_efficiency: idle ranks are given to a request while its steps keep them so busy.
     """
 
-    capacity: float = 0.95
-    hurry: float = 0.5
-    max_step_s: float = 7.6
-    hold_s: float = 3.0
-    min_efficiency: float = 0.8
+    capacity: float = Field(0.95, gt=0, le=1)
+    hurry: float = Field(0.5, gt=0, le=1)
+    max_step_s: float = Field(7.6, gt=0)
+    hold_s: float = Field(3.0, ge=0)
+    min_efficiency: float = Field(0.8, ge=0)
 
 
 def next_steps(

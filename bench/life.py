@@ -146,7 +146,7 @@ class Life:
         self.tell()
         purger = Purger(self.engine, self.store)
         for _ in range(2):  # what it sees twice is left behind
-            purger.purge_inputs()
+            purger.purge_orphans()
 
     def faults(self, ends: JobState) -> list[str]:
         """What is wrong in the end, in words."""

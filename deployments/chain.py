@@ -35,7 +35,7 @@ def bind_chain(config: AppConfig) -> Application:
             if any(served.tier == tier.tier for served in offer.served_on)
         ]
         denoisers[str(tier.tier)] = serve.deployment(name=f"Denoiser-{tier.tier}")(Denoiser).bind(
-            models, tier.torch_threads
+            models, store, tier
         )
         decoders[str(tier.tier)] = serve.deployment(name=f"VaeDecoder-{tier.tier}")(
             VaeDecoder

@@ -8,7 +8,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
+from autoscaling.step_scheduler import StepSchedulerConfig
 from autoscaling.tiers import GpuTier, ServedOn
+from autoscaling.urgency import UrgencyConfig
 from credits.plans import Plan, PlanTable
 from credits.pricing import PriceTable, WorkWeights
 from credits.rates import RequestRate
@@ -35,6 +37,38 @@ class ModelConfig(BaseModel, frozen=True, extra="forbid"):
     served_on: tuple[ServedOn, ...] = Field(min_length=1)
 
 
+class HangConfig(BaseModel, frozen=True, extra="forbid"):
+    """A step hangs when it takes factor times the median of its like, and least_s at least.
+
+    first_s: where fewer than known_steps of its like are known.
+    """
+
+    factor: float = Field(3.0, gt=1)
+    least_s: float = Field(5.0, gt=0)
+    first_s: float = Field(600.0, gt=0)
+    known_steps: int = Field(3, ge=1)
+
+
+class DenoiserConfig(BaseModel, frozen=True, extra="forbid"):
+    """How a group of ranks works; their number and places are its placement_group_bundles.
+
+    degrees: how many ranks may share a request, None: as many as pays; a single one keeps every
+    video the same to the bit, however busy the group is. checkpoint_s: the work that a kill may
+    cost; checkpoint_steps: a checkpoint after so many steps at the latest. max_kills: a request
+    during whose steps the group broke so often fails. form_timeout_s: for all ranks to start, load
+    their weights and meet.
+    """
+
+    degrees: tuple[int, ...] | None = None
+    checkpoint_s: float = Field(30.0, gt=0)
+    checkpoint_steps: int | None = Field(None, ge=1)
+    max_kills: int = Field(2, ge=1)
+    form_timeout_s: float = Field(600.0, gt=0)
+    hang: HangConfig = HangConfig()
+    scheduler: StepSchedulerConfig = StepSchedulerConfig()
+    urgency: UrgencyConfig = UrgencyConfig()
+
+
 class TierConfig(BaseModel, frozen=True, extra="forbid"):
     """One pool of denoisers and decoders.
 
@@ -45,6 +79,7 @@ class TierConfig(BaseModel, frozen=True, extra="forbid"):
     tier: GpuTier
     jobs_at_once: int = Field(2, ge=1)
     torch_threads: int | None = Field(None, ge=1)
+    denoiser: DenoiserConfig = DenoiserConfig()
 
 
 class LimitsConfig(BaseModel, frozen=True, extra="forbid"):

@@ -1,46 +1,49 @@
-"""The stage that turns noise into latents, one step at a time."""
+"""The stage that turns noise into latents, one step at a time, on a group of ranks."""
 
-import asyncio
 from collections.abc import AsyncIterator
 
-import ray
+from ray.util import get_current_placement_group
 
-from deployments.messages import Denoised
+from deployments.checkpoints import Checkpoints
+from deployments.config import TierConfig
+from deployments.messages import Denoised, DenoiseWork
+from deployments.rank_group import RankGroup
+from deployments.step_loop import StepLoop
+from media.object_store import ObjectStore
 from models.catalog import Model
-from models.request import VideoRequest
 from models.tensors import Conditioning
 
 
 class Denoiser:
-    """Holds the transformers of a tier's models; runs one request's steps at a time.
+    """Owns a placement group: one bundle for itself, which needs no GPU, and one for each rank.
 
-    Further requests wait at the lock, already here, so that none of the tier's time is lost
-    between two of them.
+    It takes as many requests as max_ongoing_requests says; who of them runs is for the step
+    scheduler to say.
     """
 
-    def __init__(self, models: list[Model], torch_threads: int | None) -> None:
-        import torch
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, models: list[Model], store: ObjectStore, tier: TierConfig
+    ) -> None:
+        placement_group = get_current_placement_group()
+        if placement_group is None:
+            raise ValueError("a denoiser needs placement_group_bundles, its own and each rank's")
+        config = tier.denoiser
+        group = RankGroup(
+            tier.tier, placement_group, models, tier.torch_threads, config.form_timeout_s
+        )
+        self.loop = StepLoop(group, Checkpoints(store, models), config)
+        await self.loop.start()
 
-        from models.stages import load_denoiser
-
-        if torch_threads is not None:
-            torch.set_num_threads(torch_threads)
-        self.denoisers = {model.id: load_denoiser(model) for model in models}
-        self.turn = asyncio.Lock()
+    def check_health(self) -> None:
+        """Fail, with the reason, if the ranks can't form a group any more."""
+        self.loop.check_health()
 
     async def denoise(
-        self, request: VideoRequest, conditioning: Conditioning
+        self, work: DenoiseWork, conditioning: Conditioning
     ) -> AsyncIterator[Denoised]:
         """Yield after each step; a cancelled call stops before the next one.
 
-        The caller hands over a reference, which Serve resolves here.
+        The caller hands over a reference to the Conditioning, which Serve resolves here.
         """
-        from models.denoise import denoise
-
-        async with self.turn:
-            states = denoise(self.denoisers[request.model], request, conditioning)
-            while (state := await asyncio.to_thread(next, states, None)) is not None:
-                latents = None
-                if state.step == state.num_steps:
-                    latents = ray.put(state.latents.float().cpu().numpy())
-                yield Denoised(state.step, state.num_steps, latents)
+        async for denoised in self.loop.denoise(work, conditioning):
+            yield denoised

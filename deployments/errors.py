@@ -15,6 +15,9 @@ from credits.ledger import AlreadySettled, InsufficientCredits
 from credits.plans import PlanForbids, StorageFull, TooManyJobs
 from credits.rates import RateLimited
 from deployments.origin import ForeignPackage
+from deployments.rank import OutOfMemory
+from deployments.rank_group import GroupBroken, SeatsUneven
+from deployments.step_loop import RequestQuarantined
 from deployments.url_guard import UrlRefused
 from jobs.outbox import DeliveryNotFound
 from jobs.store import IdempotencyConflict, JobNotFound, LeaseLost
@@ -23,6 +26,7 @@ from media.decode import VideoUnreadable
 from media.encode import MediaEncodingFailed
 from media.object_store import ObjectNotFound
 from models.catalog import ModelNotFound, WeightsDamaged, WeightsMissing
+from models.checkpoint import CheckpointUnusable
 from models.request import InvalidRequest, NotSupported
 from models.stages import FamilyNotBuilt
 
@@ -71,6 +75,7 @@ class Answer:
 
 INTERNAL = Answer(500, "server_error", "internal")
 STAGE_FAILED = Answer(500, "server_error", "stage_failed")
+OUT_OF_MEMORY = Answer(500, "server_error", "out_of_memory")
 
 ANSWERS: dict[type[Exception], Answer] = {
     InvalidRequest: Answer(400, "invalid_request_error", "invalid_request"),
@@ -98,6 +103,11 @@ ANSWERS: dict[type[Exception], Answer] = {
     AlreadySettled: INTERNAL,
     LeaseLost: INTERNAL,
     ForeignPackage: INTERNAL,
+    CheckpointUnusable: INTERNAL,
+    GroupBroken: INTERNAL,
+    SeatsUneven: INTERNAL,
+    OutOfMemory: OUT_OF_MEMORY,
+    RequestQuarantined: STAGE_FAILED,
     FamilyNotBuilt: STAGE_FAILED,
     VideoFailed: STAGE_FAILED,
     MediaEncodingFailed: STAGE_FAILED,

@@ -5,6 +5,8 @@ from typing import Any
 
 from ray import ObjectRef
 
+from models.request import VideoRequest
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -16,11 +18,26 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
+class DenoiseWork:
+    """A job to be denoised; priority is its plan's, queued_s how long ago it was admitted."""
+
+    job_id: str
+    priority: int
+    queued_s: float
+    request: VideoRequest
+
+
+@dataclass(frozen=True, slots=True)
 class Denoised:
-    """One denoise step done; the last carries a reference to the latents [1, C, F, H, W]."""
+    """One denoise step done; num_made counts those that were made since the job's first.
+
+    A changed video begins later than at step 0. The last carries a reference to the latents,
+    float32 [1, C, F, H, W].
+    """
 
     step: int
     num_steps: int
+    num_made: int
     latents: "ObjectRef[Any] | None"
 
 

@@ -9,6 +9,7 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,8 +23,9 @@ from deployments.config import LeaseConfig, TierConfig, read_pepper
 from deployments.database import migrate, open_database, reader, retry_while_away
 from deployments.errors import answer_for
 from deployments.expiry import expire_jobs
-from deployments.messages import Denoised, Encoded, Encoding, Published
+from deployments.messages import Denoised, DenoiseWork, Encoded, Encoding, Published
 from deployments.purge import Purger
+from deployments.rank_group import GroupBroken
 from deployments.settlement import Ending, WorkDone, cancellation, settle
 from deployments.webhooks import WebhookConfig, WebhookSender
 from jobs.job import Job, JobId, JobState, Phase, Progress
@@ -37,7 +39,16 @@ BACKOFF_S = 0.5
 SWEEP_S = 1.0
 SELDOM = 60
 T = TypeVar("T")
-WORKER_LOST = (RayActorError, ObjectLostError, WorkerCrashedError)
+WORKER_LOST = (RayActorError, ObjectLostError, WorkerCrashedError, GroupBroken)
+
+
+@dataclass(slots=True)
+class Made:
+    """What a job's earlier attempts have left: the latents, what they took, what to warn of."""
+
+    denoised: Denoised | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 class VideoPipeline:
@@ -169,7 +180,7 @@ class VideoPipeline:
         for round_number in itertools.count():
             await _when_back(self.purger.purge_videos)
             if round_number % SELDOM == 0:
-                await _when_back(self.purger.purge_inputs)
+                await _when_back(self.purger.purge_orphans)
                 await _when_back(self.purger.purge_unpublished)
                 await _when_back(self._expire)
             await asyncio.sleep(SWEEP_S)
@@ -208,10 +219,11 @@ class VideoPipeline:
         """Start the stages over while workers are lost; any other fault ends the job."""
         if job.cancel_requested:
             return cancellation()
+        made = Made()
         for attempt in range(job.attempt, self.leases.max_attempts + 1):
             try:
                 await asyncio.sleep((attempt - job.attempt) * BACKOFF_S)
-                return await self._run_stages(job, done)
+                return await self._run_stages(job, done, made)
             except asyncio.CancelledError:
                 if job.id in self.cancelled:
                     return cancellation()
@@ -225,39 +237,18 @@ class VideoPipeline:
                 return _failure(answer_for(error).code)
         return _failure("worker_lost")
 
-    async def _run_stages(self, job: Job, done: WorkDone) -> Ending:
+    async def _run_stages(self, job: Job, done: WorkDone, made: Made) -> Ending:
+        """From the latents on, if a lost worker had them already."""
         request = VideoRequest.model_validate(job.request)
-        clock = StageClock()
-        await self._record(job, Phase.TEXT, done)
-        encoded: Encoded = await self.text_encoder.encode_text.remote(request)
-        done.reach(text=1)
-        clock.lap("text")
-
-        await self._record(job, Phase.DENOISE, done, num_steps=request.num_steps)
-        denoised: Denoised | None = None
-        num_made = 0  # a changed video's first steps are not made, and not charged
-        steps = self.denoisers[job.tier].remote(request, encoded.conditioning)
-        async with _cancelled_on_exit(steps):
-            async for denoised in steps:
-                num_made += 1
-                done.reach(denoise=num_made)
-                await self._record(
-                    job,
-                    Phase.DENOISE,
-                    done,
-                    step=denoised.step,
-                    num_steps=denoised.num_steps,
-                )
-        clock.lap("denoise")
-
-        published = await self._publish(job, request, denoised, done)
-        clock.seconds |= {"decode": published.decode_s, "media": published.media_s}
-        warnings = []
-        if encoded.num_tokens > encoded.max_tokens:
-            warnings.append(
-                f"the prompt has {encoded.num_tokens} tokens; "
-                f"only the first {encoded.max_tokens} were used"
-            )
+        if made.denoised is None:
+            await self._denoise(job, request, done, made)
+        denoised, made.denoised = made.denoised, None
+        try:
+            published = await self._publish(job, request, denoised, done)
+        except RayActorError:
+            made.denoised = denoised  # an encoder or a decoder died, the latents did not
+            raise
+        seconds = made.seconds | {"decode": published.decode_s, "media": published.media_s}
         return Ending(
             JobState.SUCCEEDED,
             "the work done is charged",
@@ -265,10 +256,41 @@ class VideoPipeline:
             video_key=published.key,
             size_bytes=published.size_bytes,
             result={
-                "stage_seconds": {name: round(s, 3) for name, s in clock.seconds.items()},
-                "warnings": warnings,
+                "stage_seconds": {name: round(s, 3) for name, s in seconds.items()},
+                "warnings": made.warnings,
             },
         )
+
+    async def _denoise(self, job: Job, request: VideoRequest, done: WorkDone, made: Made) -> None:
+        started_s = time.monotonic()
+        await self._record(job, Phase.TEXT, done)
+        encoded: Encoded = await self.text_encoder.encode_text.remote(request)
+        done.reach(text=1)
+        made.warnings = []
+        if encoded.num_tokens > encoded.max_tokens:
+            made.warnings.append(
+                f"the prompt has {encoded.num_tokens} tokens; "
+                f"only the first {encoded.max_tokens} were used"
+            )
+        encoded_s = time.monotonic()
+
+        await self._record(job, Phase.DENOISE, done, num_steps=request.num_steps)
+        denoised: Denoised | None = None
+        queued_s = max(0.0, time.time() - job.created_at_ms / 1000)
+        work = DenoiseWork(job.id, job.priority, queued_s, request)
+        steps = self.denoisers[job.tier].remote(work, encoded.conditioning)
+        async with _cancelled_on_exit(steps):
+            async for denoised in steps:
+                done.reach(denoise=denoised.num_made)
+                await self._record(
+                    job,
+                    Phase.DENOISE,
+                    done,
+                    step=denoised.step,
+                    num_steps=denoised.num_steps,
+                )
+        made.denoised = denoised
+        made.seconds = {"text": encoded_s - started_s, "denoise": time.monotonic() - encoded_s}
 
     async def _publish(
         self, job: Job, request: VideoRequest, denoised: Denoised | None, done: WorkDone
@@ -299,20 +321,6 @@ class VideoPipeline:
     def _record_now(self, job_id: JobId, progress: Progress) -> None:
         with self.engine.begin() as connection:
             record(connection, job_id, self.owner, progress)
-
-
-class StageClock:
-    """Seconds since the last lap, by the stage that they went to."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.last_s = time.monotonic()
-
-    def lap(self, stage: str) -> None:
-        """Give the time since the last lap to this stage."""
-        now_s = time.monotonic()
-        self.seconds[stage] = now_s - self.last_s
-        self.last_s = now_s
 
 
 async def _when_back(act: Callable[[], T]) -> T:

@@ -1,9 +1,11 @@
 """Deletes the files that nobody needs any more; a kill at any moment only repeats it."""
 
+import itertools
 import logging
 
 from sqlalchemy import Engine
 
+from deployments.checkpoints import CHECKPOINTS
 from deployments.database import reader
 from jobs.job import FINAL_STATES
 from jobs.store import JobNotFound, ended_in_vain, get_job, mark_purged, purgeable
@@ -16,7 +18,7 @@ UNPUBLISHED_MS = 3_600_000
 
 
 class Purger:
-    """Deleted videos at once; what a kill left behind later: inputs, unpublished videos."""
+    """Deleted videos at once; what a kill left behind later: inputs, checkpoints, videos."""
 
     def __init__(self, engine: Engine, store: ObjectStore) -> None:
         self.engine = engine
@@ -47,12 +49,13 @@ class Purger:
         for job_id in ended:
             delete_renditions(self.store, job_id)
 
-    def purge_inputs(self) -> None:
-        """Delete start images and source videos without an open job.
+    def purge_orphans(self) -> None:
+        """Delete start images, source videos and checkpoints without an open job.
 
-        One is stored just before its job is: only what is seen in two rounds is an orphan.
+        An input is stored just before its job is: only what is seen in two rounds is an orphan.
         """
-        orphans = {info.key for info in self.store.list("inputs/") if self._is_orphan(info.key)}
+        stored = itertools.chain(self.store.list("inputs/"), self.store.list(CHECKPOINTS))
+        orphans = {info.key for info in stored if self._is_orphan(info.key)}
         for key in orphans & self.suspects:
             self.store.delete(key)
         self.suspects = orphans
@@ -60,7 +63,7 @@ class Purger:
     def _is_orphan(self, key: str) -> bool:
         with reader(self.engine).begin() as connection:
             try:
-                job = get_job(connection, key.removeprefix("inputs/").partition(".")[0])
+                job = get_job(connection, key.partition("/")[2].partition(".")[0])
             except JobNotFound:
                 return True
         return job.state in FINAL_STATES

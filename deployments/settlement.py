@@ -10,6 +10,7 @@ from sqlalchemy import Engine
 from credits.ledger import AlreadySettled, ReservationId
 from credits.ledger import settle as settle_reservation
 from credits.pricing import Credits, Passes, WorkWeights, charge, share_done
+from deployments.checkpoints import checkpoint_key
 from jobs.job import Job, JobState, Outcome
 from jobs.outbox import announce
 from jobs.store import LeaseLost, finish, request_cancel
@@ -92,7 +93,7 @@ def settle(
         settle_reservation(
             connection, reservation_id, charged, expired=ending.expired, more_bytes=more_bytes
         )
-    for key in request.stored_inputs:
+    for key in (*request.stored_inputs, checkpoint_key(job.id)):
         store.delete(key)
     if ending.video_key is None:
         delete_renditions(store, job.id)  # published, but cancelled or lost before the end

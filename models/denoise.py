@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 
+import torch
+
 from models.request import VideoRequest
 from models.stages import Denoiser
-from models.tensors import Conditioning, DenoiseState
+from models.tensors import Conditioning, DenoiseState, ParkedState
 
 
 def denoise(
@@ -15,3 +17,27 @@ def denoise(
     while state.step < state.num_steps:
         state = denoiser.step(request, conditioning, state)
         yield state
+
+
+def park(state: DenoiseState) -> ParkedState:
+    """Take a state out of torch; nothing is lost or rounded."""
+    return ParkedState(
+        latents=state.latents.cpu().numpy(),
+        step=state.step,
+        num_steps=state.num_steps,
+        generator=state.generator.numpy(),
+        scheduler={name: value.cpu().numpy() for name, value in state.scheduler.items()},
+    )
+
+
+def resume(parked: ParkedState, device: torch.device) -> DenoiseState:
+    """The state again, for the next step to be made on that device."""
+    return DenoiseState(
+        latents=torch.tensor(parked.latents, device=device),
+        step=parked.step,
+        num_steps=parked.num_steps,
+        generator=torch.tensor(parked.generator),
+        scheduler={
+            name: torch.tensor(value, device=device) for name, value in parked.scheduler.items()
+        },
+    )

@@ -1,7 +1,7 @@
 """The contract between the stages, and the one place that knows which file runs a family."""
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +9,10 @@ from numpy.typing import NDArray
 from models.catalog import Model
 from models.request import ModelFamily, VideoRequest
 from models.tensors import Conditioning, DenoiseState, Frames
+from parallel.plan import StepShape
+
+if TYPE_CHECKING:
+    from parallel.mesh import Mesh
 
 
 class Encoder(Protocol):
@@ -26,6 +30,14 @@ class Encoder(Protocol):
 
 class Denoiser(Protocol):
     """Draws the noise, then removes it step by step."""
+
+    def use(self, mesh: "Mesh") -> None:
+        """Share every step from now on with the mesh's other ranks, which are to do the same."""
+        ...
+
+    def shape(self, request: VideoRequest, num_texts: int) -> StepShape:
+        """What one step of the request costs; num_texts: 2 with classifier-free guidance."""
+        ...
 
     def start(self, request: VideoRequest, conditioning: Conditioning) -> DenoiseState:
         """Step 0, noise from the request's seed alone; later if a source video is only changed."""

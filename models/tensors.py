@@ -3,7 +3,8 @@
 Whatever crosses a process is a numpy array: Ray shares those without a copy, torch tensors not.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,11 +32,29 @@ class Conditioning:
 
 @dataclass(frozen=True, slots=True)
 class DenoiseState:
-    """Latents [1, C, F, H, W] in float32 after `step` of `num_steps` steps."""
+    """Latents [1, C, F, H, W] in float32 after `step` of `num_steps` steps, and all else that the
+    next step needs.
+
+    generator: the state of the request's generator, which lives on the CPU, uint8 [N]; scheduler:
+    what a scheduler carries from step to step.
+    """
 
     latents: "Tensor"
     step: int
     num_steps: int
+    generator: "Tensor"
+    scheduler: "Mapping[str, Tensor]" = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedState:
+    """A DenoiseState outside of torch, as it passes between processes and into a checkpoint."""
+
+    latents: NDArray[np.float32]
+    step: int
+    num_steps: int
+    generator: NDArray[np.uint8]
+    scheduler: Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)

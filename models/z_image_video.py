@@ -6,6 +6,7 @@ frame's clean latent is held in place at every step, as the model was trained.
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,11 @@ from models.catalog import Model
 from models.request import VideoRequest
 from models.start_image import pad_frames, pad_start_image
 from models.tensors import Conditioning, DenoiseState, Frames
+from models.transformer_sharding import shard_z_image
 from models.weights import choose_device, choose_dtype, load_component
+from parallel.guidance import predict_each
+from parallel.mesh import Mesh, MeshBuilder
+from parallel.plan import ParallelPlan, TokenShape
 
 PATCH_SIZE = 2
 
@@ -103,6 +108,32 @@ class ZImageVideoDenoiser:
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
             model.folder / "scheduler", local_files_only=True
         )
+        self.sharding = shard_z_image(self.transformer)
+        self.use(MeshBuilder(0).mesh(ParallelPlan(), (0,)))
+
+    def use(self, mesh: Mesh) -> None:
+        """Share every step from now on with the mesh's other ranks, which are to do the same."""
+        self.mesh = mesh
+        self.sharding.use(mesh.part, mesh.ulysses, mesh.ring)
+
+    def shape(self, request: VideoRequest, num_texts: int) -> TokenShape:
+        """What a step of the request costs, from the transformer's own configuration."""
+        frames, height, width = self._latent_size(request)
+        config = self.transformer.config
+        patches = frames // request.f_patch_size * (height // PATCH_SIZE) * (width // PATCH_SIZE)
+        tokens = patches + self.model.manifest.max_text_tokens
+        weights = sum(weight.numel() for weight in self.transformer.layers.parameters())
+        activations = float(tokens * config.dim)
+        return TokenShape(
+            num_texts=num_texts,
+            num_tokens=tokens,
+            num_heads=config.n_heads,
+            num_layers=config.n_layers,
+            linear_flops=num_texts * 2.0 * weights * tokens,
+            attention_flops=num_texts * 4.0 * config.n_layers * tokens * activations,
+            activation_bytes=activations * self.dtype.itemsize,
+            latent_bytes=4.0 * config.in_channels * frames * height * width,
+        )
 
     @torch.inference_mode()
     def start(self, request: VideoRequest, conditioning: Conditioning) -> DenoiseState:
@@ -111,32 +142,23 @@ class ZImageVideoDenoiser:
         A source video is noised to the level at which the last `strength` of the steps begins
         (SDEdit, arXiv:2108.01073); those before are not made.
         """
-        width, height = self.model.generated_size(request.width, request.height)
-        frames = self.model.generated_frames(request.num_frames, request.f_patch_size)
-        compression = self.model.size_multiple // PATCH_SIZE
-        shape = (
-            1,
-            self.transformer.config.in_channels,
-            (frames - 1) // self.model.frame_stride + 1,
-            height // compression,
-            width // compression,
-        )
+        shape = (1, self.transformer.config.in_channels, *self._latent_size(request))
         generator = torch.Generator("cpu").manual_seed(request.seed)
         noise = torch.randn(shape, generator=generator).to(self.device)
         if conditioning.source_latents is None or request.strength is None:
-            return DenoiseState(noise, step=0, num_steps=request.num_steps)
+            return DenoiseState(noise, 0, request.num_steps, generator.get_state())
         # At least one step is made.
         first = request.num_steps - max(1, round(request.num_steps * request.strength))
         sigma = float(self._schedule(request).sigmas[first])
         source = torch.tensor(conditioning.source_latents, device=self.device)[None]
         mixed = (1.0 - sigma) * source + sigma * noise
-        return DenoiseState(mixed, step=first, num_steps=request.num_steps)
+        return DenoiseState(mixed, first, request.num_steps, generator.get_state())
 
     @torch.inference_mode()
     def step(
         self, request: VideoRequest, conditioning: Conditioning, state: DenoiseState
     ) -> DenoiseState:
-        """One Euler step; guidance runs both texts as one batch."""
+        """One Euler step."""
         scheduler = self._schedule(request)
         scheduler.set_begin_index(state.step)
         timestep = scheduler.timesteps[state.step]
@@ -144,7 +166,15 @@ class ZImageVideoDenoiser:
         velocity = self._predict(request, conditioning, latents, 1.0 - float(timestep) / 1000.0)
         latents = scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
         latents = _hold_start_frame(latents, conditioning)
-        return DenoiseState(latents, state.step + 1, state.num_steps)
+        return replace(state, latents=latents, step=state.step + 1)
+
+    def _latent_size(self, request: VideoRequest) -> tuple[int, int, int]:
+        """Latent frames, height and width."""
+        width, height = self.model.generated_size(request.width, request.height)
+        frames = self.model.generated_frames(request.num_frames, request.f_patch_size)
+        compression = self.model.size_multiple // PATCH_SIZE
+        latent_frames = (frames - 1) // self.model.frame_stride + 1
+        return latent_frames, height // compression, width // compression
 
     def _schedule(self, request: VideoRequest) -> FlowMatchEulerDiscreteScheduler:
         scheduler = copy.deepcopy(self.scheduler)
@@ -156,17 +186,27 @@ class ZImageVideoDenoiser:
     def _predict(
         self, request: VideoRequest, conditioning: Conditioning, latents: Tensor, time: float
     ) -> Tensor:
-        texts = [conditioning.positive]
+        """One rank runs both texts as one batch; several, each text by itself, without padding."""
+        arrays = [conditioning.positive]
         if conditioning.negative is not None:
-            texts.append(conditioning.negative)
-        outputs = self.transformer(
-            [latents[0].to(self.dtype)] * len(texts),
-            torch.full((len(texts),), time, device=self.device),
-            [torch.tensor(text, dtype=self.dtype, device=self.device) for text in texts],
-            patch_size=PATCH_SIZE,
-            f_patch_size=request.f_patch_size,
-            return_dict=False,
-        )[0]
+            arrays.append(conditioning.negative)
+        texts = [torch.tensor(text, dtype=self.dtype, device=self.device) for text in arrays]
+
+        def transform(texts: list[Tensor]) -> list[Tensor]:
+            outputs: list[Tensor] = self.transformer(
+                [latents[0].to(self.dtype)] * len(texts),
+                torch.full((len(texts),), time, device=self.device),
+                texts,
+                patch_size=PATCH_SIZE,
+                f_patch_size=request.f_patch_size,
+                return_dict=False,
+            )[0]
+            return outputs
+
+        if self.mesh.degree == 1:
+            outputs = transform(texts)
+        else:
+            outputs = predict_each(self.mesh.guidance, texts, lambda text: transform([text])[0])
         if len(outputs) == 1:
             return outputs[0][None].float()
         positive, negative = (output[None].float() for output in outputs)

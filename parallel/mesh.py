@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from parallel.plan import ParallelPlan
-from parallel.process_group import ProcessGroup, Traffic
+from parallel.process_group import ProcessGroup
+from parallel.traffic import Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,11 @@ class Mesh:
     part: ProcessGroup
     ulysses: ProcessGroup
     ring: ProcessGroup
+
+    @property
+    def degree(self) -> int:
+        """Ranks in all."""
+        return self.guidance.size * self.part.size
 
 
 class MeshBuilder:

@@ -1,25 +1,12 @@
 """torch.distributed, counted: every byte that a rank sends goes through here."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-@dataclass(slots=True)
-class Traffic:
-    """What this rank has sent: calls and bytes by collective, its own part left out."""
-
-    calls: Counter[str] = field(default_factory=Counter)
-    bytes_sent: Counter[str] = field(default_factory=Counter)
-
-    def add(self, collective: str, sent: Sequence[Tensor]) -> None:
-        """Count one call and the tensors that left this rank."""
-        self.calls[collective] += 1
-        self.bytes_sent[collective] += sum(tensor.nbytes for tensor in sent)
+from parallel.traffic import Traffic
 
 
 class ProcessGroup:

@@ -268,9 +268,9 @@ def test_a_start_image_that_a_kill_left_behind_is_deleted_when_seen_twice(
     purger = Purger(engine, store)
     for key in (f"inputs/{open_job.id}", "inputs/video_orphan"):
         store.put(key, b"image")
-    purger.purge_inputs()
+    purger.purge_orphans()
     assert len(list(store.list("inputs/"))) == 2
-    purger.purge_inputs()
+    purger.purge_orphans()
     assert [info.key for info in store.list("inputs/")] == [f"inputs/{open_job.id}"]
 
 

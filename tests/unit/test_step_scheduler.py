@@ -175,7 +175,7 @@ def test_the_smallest_degree_that_leaves_time() -> None:
 
 def test_a_step_that_is_too_long_for_the_others_is_shared() -> None:
     task = make_task("long", deadline_s=10_000.0, step_s={1: 54.0, 2: 29.0, 4: 14.7, 8: 7.5})
-    lend_none = replace(CONFIG, min_efficiency=2.0)
+    lend_none = CONFIG.model_copy(update={"min_efficiency": 2.0})
     (step,) = next_steps(0.0, 8, [task], [], lend_none)
     assert step.block.size == 8
     (step,) = next_steps(0.0, 2, [replace(task, step_s={1: 54.0, 2: 29.0})], [], lend_none)

@@ -1,0 +1,152 @@
+"""One process of a denoiser's group: its GPU, its copy of the weights, its part of every step."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import ray
+
+from models.catalog import Model
+from models.request import VideoRequest
+from models.tensors import Conditioning, ParkedState
+from parallel.plan import ParallelPlan, StepShape
+from parallel.traffic import Traffic
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+
+class OutOfMemory(Exception):
+    """A step needs more memory than the GPU has; only its request fails."""
+
+    def __init__(self, model: str, detail: str) -> None:
+        super().__init__(model, detail)
+        self.model, self.detail = model, detail
+
+    def __str__(self) -> str:
+        return f"{self.model}: a denoise step does not fit into memory: {self.detail}"
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where a rank runs."""
+
+    node: str
+    pid: int
+
+
+class Rank:
+    """An actor without memory of requests: whatever a step needs comes with the call.
+
+    So any rank can go on with any request, and one that dies takes nothing with it.
+    """
+
+    def __init__(self, models: list[Model], torch_threads: int | None) -> None:
+        import torch
+
+        from models.stages import load_denoiser
+
+        if torch_threads is not None:
+            torch.set_num_threads(torch_threads)
+        self.denoisers = {model.id: load_denoiser(model) for model in models}
+
+    def seat(self) -> Seat:
+        """The node and the process."""
+        return Seat(ray.get_runtime_context().get_node_id(), os.getpid())
+
+    @ray.method(concurrency_group="watch")
+    def wait(self) -> None:
+        """Never return: whoever waits for this hears at once when the process dies."""
+        threading.Event().wait()
+
+    def open_store(self, num_ranks: int) -> tuple[str, int]:
+        """Rank 0's: where the others meet it."""
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        host = ray.util.get_node_ip_address()
+        self.store: Store = TCPStore(host, 0, num_ranks, is_master=True, wait_for_workers=False)
+        return host, self.store.port
+
+    def join(
+        self, rank: int, num_ranks: int, meeting: tuple[str, int], generation: int, timeout_s: float
+    ) -> None:
+        """Become a rank of the group's generation; returns when all have.
+
+        meeting: what rank 0's open_store told; of no use where there is only one rank.
+        """
+        import torch
+        import torch.distributed as dist
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+        from parallel.mesh import MeshBuilder
+
+        self.rank = rank
+        self.meshes = MeshBuilder(rank)
+        if num_ranks == 1:
+            return
+        timeout = timedelta(seconds=timeout_s)
+        store = self.store if rank == 0 else TCPStore(*meeting, num_ranks, timeout=timeout)
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            store=PrefixStore(f"generation-{generation}", store),
+            rank=rank,
+            world_size=num_ranks,
+            timeout=timeout,
+        )
+
+    @ray.method(concurrency_group="aside")
+    def shape(self, request: VideoRequest, num_texts: int) -> StepShape:
+        """What a step of the request costs."""
+        return self.denoisers[request.model].shape(request, num_texts)
+
+    @ray.method(concurrency_group="aside")
+    def start(self, request: VideoRequest, conditioning: Conditioning) -> ParkedState:
+        """The state before the first step."""
+        from models.denoise import park
+
+        with _out_of_memory_told(request.model):
+            return park(self.denoisers[request.model].start(request, conditioning))
+
+    def step(
+        self,
+        request: VideoRequest,
+        conditioning: Conditioning,
+        state: ParkedState,
+        plan: ParallelPlan,
+        ranks: tuple[int, ...],
+    ) -> tuple[Traffic, ParkedState | None]:
+        """One step, shared by these ranks, which are all called alike; the first has the result.
+
+        OutOfMemory: what the step had taken is free again.
+        """
+        from models.denoise import park, resume
+        from models.weights import choose_device
+
+        denoiser = self.denoisers[request.model]
+        denoiser.use(self.meshes.mesh(plan, ranks))
+        with _out_of_memory_told(request.model):
+            made = denoiser.step(request, conditioning, resume(state, choose_device()))
+        return self.meshes.traffic.take(), park(made) if self.rank == ranks[0] else None
+
+
+@contextlib.contextmanager
+def _out_of_memory_told(model: str) -> Iterator[None]:
+    """What a step had taken is free again when OutOfMemory is raised."""
+    import torch
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # On a CPU torch raises a bare RuntimeError.
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "DefaultCPUAllocator" not in str(error):
+            raise
+        detail = str(error).splitlines()[0]
+    else:
+        return
+    torch.cuda.empty_cache()
+    raise OutOfMemory(model, detail)

@@ -1,0 +1,200 @@
+"""The rank actors of one denoiser replica: formed together, ended together, numbered by node."""
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from autoscaling.step_scheduler import Block
+from deployments.rank import Rank, Seat
+from models.catalog import Model
+from models.request import VideoRequest
+from models.tensors import ParkedState
+from parallel.plan import ParallelPlan, StepShape
+from parallel.traffic import Traffic
+
+# How long the fellows of a rank that failed may take to fail too.
+FELLOWS_S = 2.0
+
+
+class GroupBroken(Exception):
+    """A rank died, hung or fell out of step: none of the group can go on."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the denoiser's ranks cannot go on: {self.reason}"
+
+
+class SeatsUneven(Exception):
+    """The placement group's nodes hold different numbers of ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A step: the state after it, a reference, and what every rank sent for it."""
+
+    state: "ray.ObjectRef[Any]"
+    traffic: Traffic
+
+
+class RankGroup:
+    """One rank in each bundle of the replica's placement group but the first, which is its own.
+
+    A broken group is never mended: all of its processes end and a new generation forms.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        placement_group: PlacementGroup,
+        models: list[Model],
+        torch_threads: int | None,
+        form_timeout_s: float,
+    ) -> None:
+        # A class of its own shows in `ps` and in Ray's lists whose rank a process is.
+        options: dict[str, Any] = {
+            "max_restarts": 0,
+            "concurrency_groups": {"watch": 1, "aside": 1},
+        }
+        self.rank_class: Any = ray.remote(**options)(type(f"Rank_{name}", (Rank,), {}))
+        self.placement_group = placement_group
+        self.bundles = placement_group.bundle_specs[1:]
+        if not self.bundles:
+            raise ValueError("placement_group_bundles needs one bundle for each rank after the own")
+        self.models = models
+        self.torch_threads = torch_threads
+        self.form_timeout_s = form_timeout_s
+        self.generation = 0
+        self.ranks: list[Any] = []
+        self.seats: list[Seat] = []
+
+    @property
+    def size(self) -> int:
+        """Ranks in all."""
+        return len(self.bundles)
+
+    @property
+    def ranks_per_node(self) -> int:
+        """The same on every node."""
+        return self.size // len({seat.node for seat in self.seats})
+
+    async def form(self) -> None:
+        """End what there is and start a new generation; GroupBroken says why it does not form."""
+        self.end()
+        self.generation += 1
+        self.ranks = [self._spawn(index) for index in range(self.size)]
+        try:
+            async with asyncio.timeout(self.form_timeout_s):
+                await self._take_seats()
+                await self._meet()
+        except (RayError, TimeoutError, SeatsUneven) as error:
+            self.end()
+            raise GroupBroken(f"generation {self.generation} did not form: {error!r}") from error
+
+    def end(self) -> None:
+        """Kill every rank."""
+        for rank in self.ranks:
+            ray.kill(rank)
+        self.ranks = []
+
+    def _spawn(self, index: int) -> Any:
+        bundle = dict(self.bundles[index])
+        strategy = PlacementGroupSchedulingStrategy(
+            self.placement_group, placement_group_bundle_index=index + 1
+        )
+        return self.rank_class.options(
+            num_cpus=bundle.pop("CPU", 0),
+            num_gpus=bundle.pop("GPU", 0),
+            resources=bundle,
+            scheduling_strategy=strategy,
+        ).remote(self.models, self.torch_threads)
+
+    async def _take_seats(self) -> None:
+        """Number the ranks by node: neighbours share one, as Ulysses and every small block need."""
+        seats = await asyncio.gather(*[rank.seat.remote() for rank in self.ranks])
+        order = sorted(range(self.size), key=lambda index: (seats[index].node, index))
+        self.ranks = [self.ranks[index] for index in order]
+        self.seats = [seats[index] for index in order]
+        on_nodes = Counter(seat.node for seat in self.seats)
+        if len(set(on_nodes.values())) > 1:
+            raise SeatsUneven(on_nodes)
+
+    async def _meet(self) -> None:
+        meeting = await self.ranks[0].open_store.remote(self.size) if self.size > 1 else ("", 0)
+        joined = [
+            rank.join.remote(number, self.size, meeting, self.generation, self.form_timeout_s)
+            for number, rank in enumerate(self.ranks)
+        ]
+        await asyncio.gather(*joined)
+
+    async def death(self) -> set[int]:
+        """Return when ranks have died, with their numbers."""
+        waits = {asyncio.ensure_future(rank.wait.remote()): n for n, rank in enumerate(self.ranks)}
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            return {waits[future] for future in done if future.exception()}
+        finally:
+            for future in waits:
+                future.cancel()
+
+    async def shape(self, request: VideoRequest, num_texts: int) -> StepShape:
+        """What a step of the request costs."""
+        shape: StepShape = await self.ranks[0].shape.remote(request, num_texts)
+        return shape
+
+    async def start(self, request: VideoRequest, conditioning: "ray.ObjectRef[Any]") -> ParkedState:
+        """The state before the first step."""
+        state: ParkedState = await self.ranks[0].start.remote(request, conditioning)
+        return state
+
+    async def step(
+        self,
+        request: VideoRequest,
+        conditioning: "ray.ObjectRef[Any]",
+        state: "ray.ObjectRef[Any]",
+        plan: ParallelPlan,
+        block: Block,
+        timeout_s: float,
+    ) -> Made:
+        """One step by a block of ranks. GroupBroken; or what every rank of the block raised."""
+        calls = []
+        for number in block.ranks:
+            calls.append(
+                self.ranks[number]
+                .step.options(num_returns=2)
+                .remote(request, conditioning, state, plan, block.ranks)
+            )
+        told = [asyncio.ensure_future(traffic) for traffic, _ in calls]
+        done, running = await asyncio.wait(
+            told, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION
+        )
+        if running and any(future.exception() for future in done):
+            # The others fail alike, or wait for ever.
+            done, running = await asyncio.wait(told, timeout=FELLOWS_S)
+        errors = [future.exception() for future in done]
+        failed = [error for error in errors if error is not None]
+        for error in failed:
+            if isinstance(error, RayActorError):
+                raise GroupBroken(f"a rank of block {block} died: {error}") from error
+        if running:
+            for future in running:
+                future.cancel()
+            late = f"no end after {timeout_s:.1f} s" if not failed else f"{failed[0]!r}"
+            raise GroupBroken(f"{len(running)} of block {block} hang: {late}")
+        if failed and len(failed) < len(told):
+            raise GroupBroken(f"block {block} is out of step: {failed[0]!r}")
+        if failed:
+            raise failed[0]
+        total = Traffic()
+        for future in told:
+            total.calls.update(future.result().calls)
+            total.bytes_sent.update(future.result().bytes_sent)
+        return Made(calls[0][1], total)

@@ -1,0 +1,314 @@
+"""Runs the requests of one denoiser replica, step by step, on its group of ranks.
+
+At a step boundary a request is nothing but its parked state. To preempt it, to change its degree
+or to go on after a fault is all the same: the next step begins from that state, on other ranks or
+later.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from autoscaling.step_scheduler import Step, Task, next_steps
+from autoscaling.step_times import StepTimes
+from autoscaling.urgency import judge
+from deployments.checkpoints import Checkpoints
+from deployments.config import DenoiserConfig
+from deployments.held import Held
+from deployments.messages import Denoised, DenoiseWork
+from deployments.rank_group import GroupBroken, Made, RankGroup
+from deployments.traffic_counters import TrafficCounters
+from models.tensors import Conditioning, ParkedState
+from parallel.plan import P4D, ParallelPlan, StepShape, Topology, plans, predict_step
+
+logger = logging.getLogger("ray.serve")
+
+
+class RequestQuarantined(Exception):
+    """The group broke during a request's steps as often as any request may break it."""
+
+    def __init__(self, job_id: str, kills: int) -> None:
+        super().__init__(job_id, kills)
+        self.job_id, self.kills = job_id, kills
+
+    def __str__(self) -> str:
+        return f"job {self.job_id} broke the denoiser {self.kills} times"
+
+
+class StepLoop:
+    """Holds the requests, asks the step scheduler at every boundary, and mends the group."""
+
+    def __init__(self, group: RankGroup, checkpoints: Checkpoints, config: DenoiserConfig) -> None:
+        self.group = group
+        self.checkpoints = checkpoints
+        self.config = config
+        self.times = StepTimes()
+        self.traffic = TrafficCounters()
+        self.num_taken = 0
+        self.held: dict[str, Held] = {}
+        self.under_way: dict[str, Step] = {}
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.ready = asyncio.Event()
+        self.failure: BaseException | None = None
+
+    async def start(self) -> None:
+        """Form the group; GroupBroken if it can't."""
+        await self.group.form()
+        self._begin_generation()
+
+    def check_health(self) -> None:
+        """Raise why the group does not form any more."""
+        if self.failure is not None:
+            raise self.failure
+
+    async def denoise(
+        self, work: DenoiseWork, conditioning: Conditioning
+    ) -> AsyncIterator[Denoised]:
+        """Yield after each step; whoever leaves earlier stops the request at its next boundary."""
+        held = await self._take_in(work, conditioning)
+        self.held[held.id] = held
+        try:
+            if held.steps_left:
+                self._dispatch()
+            else:
+                self._spawn(self._finish(held))
+            while True:
+                moment = await held.moments.get()
+                if isinstance(moment, Exception):
+                    raise moment
+                yield moment
+                if moment.step == moment.num_steps:
+                    return
+        finally:
+            del self.held[held.id]
+
+    async def _take_in(self, work: DenoiseWork, conditioning: Conditioning) -> Held:
+        """Read the checkpoint, if there is one, and judge how urgent the request is."""
+        kept = ray.put(conditioning)
+        num_texts = 1 if conditioning.negative is None else 2
+        await self.ready.wait()
+        self.check_health()
+        shape = await self.group.shape(work.request, num_texts)
+        state = await self.group.start(work.request, kept)
+        first_step = state.step
+        saved = await asyncio.to_thread(self.checkpoints.load, work.job_id, work.request)
+        if saved is not None:
+            state = saved.state
+            logger.warning("job %s goes on from step %d", work.job_id, state.step)
+        by_degree = self._plans(shape)
+        arrived_s = time.monotonic()
+        self.num_taken += 1
+        return Held(
+            id=f"{work.job_id}/{self.num_taken}",
+            work=work,
+            conditioning=kept,
+            shape=shape,
+            plans=by_degree,
+            urgency=judge(
+                self.config.urgency,
+                priority=work.priority,
+                admitted_s=arrived_s - work.queued_s,
+                num_steps=work.request.num_steps - first_step,
+                step_s={
+                    degree: self._expect(work.request.model, shape, plan)
+                    for degree, plan in by_degree.items()
+                },
+            ),
+            arrived_s=arrived_s,
+            state=ray.put(state),
+            step=state.step,
+            first_step=first_step,
+        )
+
+    def _plans(self, shape: StepShape) -> dict[int, ParallelPlan]:
+        """The quickest plan of every degree that may be used; ValueError if there is none."""
+        topology = self._topology()
+        quickest: dict[int, ParallelPlan] = {}
+        for plan in plans(shape, self.group.size, topology):
+            if self.config.degrees is not None and plan.degree not in self.config.degrees:
+                continue
+            best = quickest.get(plan.degree, plan)
+            quickest[plan.degree] = min(
+                (best, plan), key=lambda plan: predict_step(shape, plan, topology).step_s
+            )
+        if not quickest:
+            allowed = self.config.degrees
+            raise ValueError(f"no plan for {self.group.size} ranks has a degree of {allowed}")
+        return quickest
+
+    def _topology(self) -> Topology:
+        """An A100's speeds, which measured steps correct."""
+        return replace(P4D, gpus_per_node=self.group.ranks_per_node)
+
+    def _predict(self, shape: StepShape, plan: ParallelPlan) -> float:
+        return predict_step(shape, plan, self._topology()).step_s
+
+    def _expect(self, model: str, shape: StepShape, plan: ParallelPlan) -> float:
+        predicted_s = self._predict(shape, plan)
+        return self.times.expect(model, shape, plan.degree, predicted_s=predicted_s)
+
+    def _dispatch(self) -> None:
+        """Begin the steps that the step scheduler wants on the ranks that are idle."""
+        if not self.ready.is_set():
+            return
+        waiting = [
+            held for held in self.held.values() if held.id not in self.under_way and held.is_open
+        ]
+        tasks = [self._describe(held) for held in waiting]
+        by_id = {held.id: held for held in waiting}
+        under_way = list(self.under_way.values())
+        for step in next_steps(
+            time.monotonic(), self.group.size, tasks, under_way, self.config.scheduler
+        ):
+            self.under_way[step.task_id] = step
+            self._spawn(self._make(by_id[step.task_id], step))
+
+    def _describe(self, held: Held) -> Task:
+        return Task(
+            id=held.id,
+            arrived_s=held.arrived_s,
+            deadline_s=held.urgency.deadline_s,
+            express_from_s=held.urgency.express_from_s,
+            steps_left=held.steps_left,
+            step_s={
+                degree: self._expect(held.work.request.model, held.shape, plan)
+                for degree, plan in held.plans.items()
+            },
+            value=held.urgency.value,
+            block=held.block,
+        )
+
+    async def _make(self, held: Held, step: Step) -> None:
+        """One step of a request, and what follows from it."""
+        generation = self.group.generation
+        plan = held.plans[step.block.size]
+        began_s = time.monotonic()
+        try:
+            made = await self.group.step(
+                held.work.request,
+                held.conditioning,
+                held.state,
+                plan,
+                step.block,
+                self._limit_s(held, plan),
+            )
+        except GroupBroken as error:
+            self._break(generation, error, [held])
+        except RayError as error:  # what the request's own step raised, on every rank
+            held.fail(error)
+        else:
+            self._note(held, step, plan, made, time.monotonic() - began_s)
+            if held.steps_left:
+                held.moments.put_nowait(held.moment())
+            else:
+                self._spawn(self._finish(held))
+        finally:
+            self.under_way.pop(held.id)
+            self._dispatch()
+
+    def _limit_s(self, held: Held, plan: ParallelPlan) -> float:
+        """After so long the step hangs."""
+        hang = self.config.hang
+        model = held.work.request.model
+        if self.times.known(model, held.shape, plan.degree) < hang.known_steps:
+            return hang.first_s
+        expected_s = self._expect(model, held.shape, plan)
+        return max(hang.least_s, hang.factor * expected_s)
+
+    def _note(self, held: Held, step: Step, plan: ParallelPlan, made: Made, took_s: float) -> None:
+        self.traffic.add(made.traffic)
+        predicted_s = self._predict(held.shape, plan)
+        model = held.work.request.model
+        self.times.observe(model, held.shape, plan.degree, predicted_s=predicted_s, took_s=took_s)
+        held.state, held.step, held.block = made.state, held.step + 1, step.block
+        held.unsaved_s += took_s
+        held.unsaved_steps += 1
+        if self._save_is_due(held, took_s):
+            held.unsaved_s, held.unsaved_steps = 0.0, 0
+            held.saved = True
+            held.saving = self._spawn(self._save(held, held.state, plan))
+
+    async def _finish(self, held: Held) -> None:
+        """Hand over the latents; a checkpoint that is being written is there by then."""
+        if held.saving is not None:
+            await held.saving
+        state: ParkedState = await held.state
+        held.moments.put_nowait(held.moment(ray.put(state.latents)))
+
+    def _save_is_due(self, held: Held, step_s: float) -> bool:
+        """At the end, too, of whatever was long enough to be saved once."""
+        config = self.config
+        if held.saving is not None and not held.saving.done():
+            return False
+        if not held.steps_left:
+            return held.saved
+        many = config.checkpoint_steps is not None and held.unsaved_steps >= config.checkpoint_steps
+        return many or held.unsaved_s + step_s > config.checkpoint_s
+
+    async def _save(self, held: Held, state: "ray.ObjectRef[Any]", plan: ParallelPlan) -> None:
+        """Write a state while the next steps are made. Without it a kill costs more, but no job."""
+        try:
+            await asyncio.to_thread(
+                self.checkpoints.save, held.work.job_id, held.work.request, await state, plan
+            )
+        except OSError:
+            logger.exception("job %s: step %d is not saved", held.work.job_id, held.step)
+
+    def _begin_generation(self) -> None:
+        self.failure = None
+        self.ready.set()
+        self._spawn(self._watch(self.group.generation))
+        self._dispatch()
+
+    async def _watch(self, generation: int) -> None:
+        """Hear of a rank's death at once, also while it has nothing to do."""
+        dead = await self.group.death()
+        guilty = [
+            held
+            for held in self.held.values()
+            if held.id in self.under_way
+            and not dead.isdisjoint(self.under_way[held.id].block.ranks)
+        ]
+        self._break(generation, GroupBroken(f"ranks {sorted(dead)} died"), guilty)
+
+    def _break(self, generation: int, error: GroupBroken, guilty: list[Held]) -> None:
+        """End the generation, once; those during whose steps it broke too often are through."""
+        if generation != self.group.generation or not self.ready.is_set():
+            return
+        logger.warning("generation %d: %s", generation, error)
+        self.ready.clear()
+        for held in guilty:
+            held.kills += 1
+            if held.kills >= self.config.max_kills:
+                held.fail(RequestQuarantined(held.work.job_id, held.kills))
+        self._spawn(self._form_again())
+
+    async def _form_again(self) -> None:
+        try:
+            await self.group.form()
+        except GroupBroken as error:
+            self.failure = error  # Serve replaces the replica
+            self.ready.set()
+            for held in self.held.values():
+                held.fail(error)
+        else:
+            self._begin_generation()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        """A fault in here is one of the replica: it can't be trusted any more."""
+        self.tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("the step loop has failed", exc_info=error)
+            self.failure = error
