@@ -10,9 +10,7 @@ what they burn while idle included.
 import argparse
 import contextlib
 import json
-import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,13 +25,13 @@ import psutil
 import yaml
 from sqlalchemy import update
 
+from bench.clusters import ROOT, running_cluster, shipped_config
 from bench.machine import describe_machine
-from client.client import Client, Server
+from client.client import Client
 from credits.accounts import accounts
 from deployments.database import open_database
 from training.random_checkpoint import write_random_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
 NUM_THREADS = 2
 DEMO = {"prompt": "a red circle moving right", "seed": 1}
 LARGE = {
@@ -106,39 +104,17 @@ def stopped(root: psutil.Process) -> Iterator[None]:
             process.resume()
 
 
-@contextlib.contextmanager
-def running_cluster(home: Path, large: Path) -> Iterator[tuple[psutil.Process, Client]]:
-    """The shipped configuration with one model more, on a free port."""
-    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+def write_config(folder: Path, large: Path) -> Path:
+    """The shipped configuration with one model more and as many threads as the plain process."""
+    config = shipped_config()
     arguments = config["applications"][0]["args"]
     arguments["models"].append(
         {"path": str(large), "id": "large", "served_on": [{"tier": "local"}]}
     )
     arguments["tiers"][0]["torch_threads"] = NUM_THREADS
-    path = home / "serve_config.yaml"
+    path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = [sys.executable, "-m", "deployments.launch", "--config", str(path)]
-    process = subprocess.Popen(
-        [*launch, "--port", str(port)],
-        cwd=ROOT,
-        env={**os.environ, "MUTOSCOPE_HOME": str(home)},
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert process.stdout is not None
-        if "ready" not in process.stdout.readline():
-            raise RuntimeError("the cluster did not start")
-        key = (home / "api_key").read_text()
-        with Client(Server(f"http://127.0.0.1:{port}", key)) as client:
-            yield psutil.Process(process.pid), client
-    finally:
-        process.terminate()
-        process.wait(30)
+    return path
 
 
 def make_video(client: Client, fields: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +170,6 @@ def main() -> None:
         large.mkdir()
         write_random_checkpoint(large, dim=512, num_layers=8)
         home = Path(folder) / "home"
-        home.mkdir()
         plain = {}
         for name, checkpoint, fields in (
             ("demo", ROOT / "models/demo", DEMO),
@@ -202,7 +177,9 @@ def main() -> None:
         ):
             plain[name] = PlainProcess(checkpoint, fields)
             ending.callback(plain[name].close)
-        cluster, client = ending.enter_context(running_cluster(home, large))
+        config = write_config(Path(folder), large)
+        running = ending.enter_context(running_cluster(config, home))
+        cluster, client = running.process, running.client
         raise_concurrency(home, arguments.queued)
         for fields in (DEMO, LARGE):
             make_video(client, fields)

@@ -16,6 +16,7 @@ from credits.ledger import grant, reservations, settlements
 from credits.plans import Plan, PlanTable
 from credits.pricing import Credits, PriceTable, WorkWeights
 from deployments.admission import Admission, Offer
+from deployments.checkpoints import checkpoint_key
 from deployments.config import LeaseConfig
 from deployments.database import open_database, reader
 from deployments.expiry import expire_jobs
@@ -79,7 +80,8 @@ class Life:
             extend_leases(connection, "first", {self.job().id}, LEASE_MS)
 
     def record(self, owner: str = "first") -> None:
-        """The pipeline records a step."""
+        """The pipeline records a step, of which the denoiser has kept the state."""
+        self.store.put(checkpoint_key(self.job().id), b"state")
         with self.engine.begin() as connection:
             record(connection, self.job().id, owner, Progress(Phase.DENOISE, 10, 1, 10))
 

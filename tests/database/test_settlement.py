@@ -10,6 +10,7 @@ from sqlalchemy import Engine
 from credits.accounts import Account
 from credits.plans import TooManyJobs
 from credits.pricing import WorkWeights
+from deployments.checkpoints import checkpoint_key
 from deployments.purge import Purger
 from deployments.settlement import Ending, WorkDone, cancellation, settle
 from jobs.job import Job, JobState, Outcome
@@ -132,3 +133,16 @@ def test_a_video_that_was_published_in_vain_is_deleted(
     store.put(f"videos/{job.id}.mp4", b"video")
     settle_now(engine, store, job, WorkDone(1, 3, 13, 1), cancellation())
     assert list(store.list("")) == []
+
+
+@pytest.mark.parametrize("state", [JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED])
+def test_a_job_that_has_ended_has_no_checkpoint(
+    engine: Engine, store: LocalObjectStore, an_account: AnAccount, a_job: AJob, state: JobState
+) -> None:
+    account = an_account()
+    job, other = a_job(account), a_job(account)
+    lease_now(engine)
+    for kept in (job, other):
+        store.put(checkpoint_key(kept.id), b"state")
+    settle_now(engine, store, job, WorkDone(1), Ending(state, "over", charge_work=False))
+    assert [info.key for info in store.list("checkpoints/")] == [checkpoint_key(other.id)]

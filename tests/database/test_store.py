@@ -261,17 +261,18 @@ def test_a_database_is_one_file_in_its_folder(tmp_path: Path) -> None:
     engine.dispose()
 
 
-def test_a_start_image_that_a_kill_left_behind_is_deleted_when_seen_twice(
-    engine: Engine, store: LocalObjectStore, an_account: AnAccount, a_job: AJob
+@pytest.mark.parametrize("name", ["inputs/{}", "inputs/{}.source", "checkpoints/{}.safetensors"])
+def test_what_a_kill_left_behind_is_deleted_when_seen_twice(
+    engine: Engine, store: LocalObjectStore, an_account: AnAccount, a_job: AJob, name: str
 ) -> None:
     open_job = a_job(an_account())
     purger = Purger(engine, store)
-    for key in (f"inputs/{open_job.id}", "inputs/video_orphan"):
-        store.put(key, b"image")
+    for job_id in (open_job.id, "video_orphan"):
+        store.put(name.format(job_id), b"content")
     purger.purge_orphans()
-    assert len(list(store.list("inputs/"))) == 2
+    assert len(list(store.list(""))) == 2
     purger.purge_orphans()
-    assert [info.key for info in store.list("inputs/")] == [f"inputs/{open_job.id}"]
+    assert [info.key for info in store.list("")] == [name.format(open_job.id)]
 
 
 def test_a_file_that_cannot_be_deleted_is_left_for_later(

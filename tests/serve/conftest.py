@@ -1,129 +1,53 @@
 """One real cluster for all tests here: the shipped configuration and the shipped model."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+import av
+import numpy as np
 import pytest
 import yaml
+from numpy.typing import NDArray
 
-from client.client import Client, Event, Server
+from bench.clusters import Cluster, add_pair, running_cluster, shipped_config
+from client.client import Client, Event
+from training.random_checkpoint import write_random_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 LEASE_S = 3.0
-
-
-@dataclass
-class Cluster:
-    """A running server, its processes and a client of its local account."""
-
-    process: psutil.Process
-    server: Server
-    home: Path
-    client: Client
-
-    def replicas(self, deployment: str) -> list[psutil.Process]:
-        """The replica processes of a deployment."""
-        name = f"ray::ServeReplica:mutoscope:{deployment}"
-        found = []
-        for process in self.process.children(recursive=True):
-            try:
-                if process.cmdline() and process.cmdline()[0].startswith(name):
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        return found
-
-    def kill(self, deployment: str) -> None:
-        """SIGKILL every replica process of a deployment."""
-        replicas = self.replicas(deployment)
-        assert replicas, f"no process of {deployment} found"
-        for process in replicas:
-            process.send_signal(signal.SIGKILL)
-
-
-def environment(home: Path) -> dict[str, str]:
-    """What a user's shell would hold, with a home folder of the test's own."""
-    ours = ("MUTOSCOPE_", "RAY_", "DATABASE_URL")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return {**kept, "MUTOSCOPE_HOME": str(home)}
-
-
-def start(config: Path, port: int, home: Path, **arguments: Any) -> "subprocess.Popen[str]":
-    """Launch a server; its first line of output says that it is ready."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "deployments.launch", "--config", str(config), "--port", str(port)],
-        cwd=ROOT,
-        env=environment(home),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **arguments,
-    )
-
-
-@pytest.fixture(scope="session")
-def free_port() -> Callable[[], int]:
-    import socket
-
-    def find() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-            return port
-
-    return find
 
 
 @pytest.fixture(scope="session")
 def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped configuration with a shorter lease, so that a killed pipeline is soon missed, and
     with loopback open to webhooks and image URLs.
+
+    Besides the demo, a random model: "pair" on a tier of two ranks, "single" beside the demo.
     """
-    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    folder = tmp_path_factory.mktemp("config")
+    random = folder / "random"
+    random.mkdir()
+    write_random_checkpoint(random, dim=128, num_layers=2)
+    config = shipped_config()
     guard = {"allow_http": True, "allowed_networks": ["127.0.0.0/8"]}
     config["applications"][0]["args"] |= {
         "leases": {"lease_s": LEASE_S},
         "webhooks": {"guard": guard},
         "image_urls": guard,
     }
-    path = tmp_path_factory.mktemp("config") / "serve_config.yaml"
+    add_pair(config, random, hang={"least_s": 3.0})
+    path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
 
 
 @pytest.fixture(scope="session")
-def cluster(
-    config_path: Path, free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Cluster]:
-    home = tmp_path_factory.mktemp("home")
-    port = free_port()
-    process = start(config_path, port, home)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    try:
-        ready = process.stdout.readline()
-        if "ready" not in ready:
-            process.terminate()
-            raise RuntimeError(process.stderr.read())
-        server = Server(f"http://127.0.0.1:{port}", (home / "api_key").read_text())
-        with Client(server) as client:
-            yield Cluster(psutil.Process(process.pid), server, home, client)
-    finally:
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        process.wait(20)
-        process.stdout.close()
-        process.stderr.close()
-        assert [child for child in children if child.is_running()] == []
+def cluster(config_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running_cluster(config_path, tmp_path_factory.mktemp("home")) as cluster:
+        yield cluster
+        children = cluster.process.children(recursive=True)
+    assert [child for child in children if child.is_running()] == []
 
 
 def until(client: Client, video_id: str, reached: Callable[[Event], bool]) -> dict[str, Any]:
@@ -132,6 +56,13 @@ def until(client: Client, video_id: str, reached: Callable[[Event], bool]) -> di
         if reached(event):
             return event.data
     raise AssertionError("the events ended before")
+
+
+def read_mp4(path: Path) -> NDArray[np.uint8]:
+    """Its frames, [F, H, W, 3]."""
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return np.stack(frames)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:

@@ -11,14 +11,14 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
+from bench.clusters import Cluster
 from client.client import ApiError, Client, Event
 from credits.accounts import find_account
 from deployments.database import open_database, reader
 from deployments.local_account import LOCAL_ACCOUNT
-from tests.serve.conftest import Cluster, until, wait_until
+from tests.serve.conftest import read_mp4, until, wait_until
 from training.attributes import read_attributes
 from training.captions import canonical
 from training.clips import Combination, draw_clip
@@ -37,12 +37,6 @@ def client(cluster: Cluster) -> Client:
 def _no_job_is_left(cluster: Cluster) -> Iterator[None]:
     yield
     wait_until(lambda: cluster.client.credits()["reserved"] == 0, 60)
-
-
-def read_mp4(path: Path) -> NDArray[np.uint8]:
-    with av.open(str(path)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    return np.stack(frames)
 
 
 def finish(client: Client, video_id: str) -> dict[str, object]:

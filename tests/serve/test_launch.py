@@ -9,14 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
-from tests.serve.conftest import ROOT, Cluster, environment, start
+from bench.clusters import ROOT, Cluster, environment, free_port, start
 
 pytestmark = pytest.mark.serve
 
@@ -47,7 +46,7 @@ def test_a_taken_port_is_told_in_one_line(cluster: Cluster, tmp_path: Path) -> N
 
 
 def test_a_damaged_checkpoint_stops_the_deployment_by_name(
-    config_path: Path, free_port: Callable[[], int], tmp_path: Path
+    config_path: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(ROOT / "models" / "demo", tmp_path / "demo")
     weights = tmp_path / "demo" / "vae" / "diffusion_pytorch_model.safetensors"
@@ -68,7 +67,7 @@ def ignore_interrupts() -> None:
 
 
 def test_an_interrupt_of_any_thread_stops_everything_even_if_it_was_ignored_at_start(
-    config_path: Path, free_port: Callable[[], int], tmp_path: Path
+    config_path: Path, tmp_path: Path
 ) -> None:
     process = start(config_path, free_port(), tmp_path / "home", preexec_fn=ignore_interrupts)
     with process, contextlib.ExitStack() as ending:
@@ -87,9 +86,7 @@ def test_an_interrupt_of_any_thread_stops_everything_even_if_it_was_ignored_at_s
     assert [child for child in started if child.is_running()] == []
 
 
-def test_a_stop_while_starting_leaves_nothing(
-    config_path: Path, free_port: Callable[[], int], tmp_path: Path
-) -> None:
+def test_a_stop_while_starting_leaves_nothing(config_path: Path, tmp_path: Path) -> None:
     process = start(config_path, free_port(), tmp_path / "home")
     with process, contextlib.ExitStack() as ending:
         ending.callback(process.terminate)  # what does not stop is a failure, not a wait
@@ -168,7 +165,7 @@ def processes_with(home: Path) -> list[str]:
     return found
 
 
-def test_the_readme_does_what_it_says(free_port: Callable[[], int], tmp_path: Path) -> None:
+def test_the_readme_does_what_it_says(tmp_path: Path) -> None:
     home, port = tmp_path / "home", str(free_port())
     server: subprocess.Popen[str] | None = None
     shell_environment = {**environment(home), "PORT": port}

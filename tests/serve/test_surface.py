@@ -13,9 +13,10 @@ import socketio
 from PIL import Image
 from pytest_httpserver import HTTPServer
 
+from bench.clusters import Cluster
 from client.client import Client
-from tests.serve.conftest import Cluster, wait_until
-from tests.serve.test_chain import LONG, finish, read_mp4
+from tests.serve.conftest import read_mp4, wait_until
+from tests.serve.test_chain import LONG, finish
 from training.clips import Combination, draw_clip
 
 pytestmark = pytest.mark.serve

@@ -1,0 +1,134 @@
+"""An enterprise request arrives at a busy replica: how long until its first step, and at what cost.
+
+A pro account's video is at work on the only group of ranks, with many steps to go, when the local
+enterprise account asks for a short one. `first step`: from the enterprise request's arrival at the
+denoiser to the end of its first step, in steps of the video that it overtakes; that one's step
+which is under way must end first. `cost`: what the overtaken video takes longer than alone, the
+enterprise request's own steps not counted, in its steps. Times are the database's.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from sqlalchemy import text
+
+from bench.clusters import Cluster, running_cluster, shipped_config
+from bench.machine import describe_machine
+from client.client import Client, Server
+from credits.plans import Plan
+from deployments.database import open_database, reader
+from training.random_checkpoint import write_random_checkpoint
+
+SLOW = {"prompt": "x", "num_steps": 30, "num_frames": 29, "size": "128x128", "seed": 1}
+QUICK = {**SLOW, "num_steps": 5, "seed": 2}
+AT_STEP = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """When a video's denoise began and when each of its steps was told, in seconds."""
+
+    began_s: float
+    told_s: list[float]
+
+    @property
+    def seconds(self) -> float:
+        """From the beginning to the last step."""
+        return self.told_s[-1] - self.began_s
+
+    def step_s(self, count: int) -> float:
+        """The median of the first steps, which nobody disturbs."""
+        pairs = zip(self.told_s, self.told_s[1:count], strict=False)
+        return statistics.median(after - before for before, after in pairs)
+
+
+def read_steps(cluster: Cluster, video_id: str) -> Steps:
+    engine = open_database(f"sqlite:///{cluster.home / 'mutoscope.db'}")
+    query = text(
+        "SELECT step, created_at_ms FROM job_events "
+        "WHERE job_id = :id AND phase = 'denoise' ORDER BY seq"
+    )
+    with reader(engine).begin() as connection:
+        rows = connection.execute(query, {"id": video_id}).all()
+    engine.dispose()
+    times = [row.created_at_ms / 1000 for row in rows]
+    return Steps(times[0], times[1:])
+
+
+def wait_for(client: Client, video_id: str) -> None:
+    """RuntimeError unless it succeeds."""
+    for event in client.follow(video_id):
+        if "video" in event.data and event.data["video"]["status"] != "completed":
+            raise RuntimeError(f"{video_id}: {event.data['video']['error']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.preemption", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    print(describe_machine())
+    first, costs = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "random"
+        checkpoint.mkdir()
+        write_random_checkpoint(checkpoint, dim=512, num_layers=4)
+        config = shipped_config()
+        served = {"path": str(checkpoint), "served_on": [{"tier": "local"}]}
+        config["applications"][0]["args"]["models"] = [served]
+        path = Path(folder) / "serve_config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        with running_cluster(path, Path(folder) / "home") as cluster:
+            key = _pro_account(cluster)
+            with Client(Server(cluster.server.url, key)) as pro:
+                wait_for(pro, pro.create(SLOW)["id"])  # warm
+                for _ in range(arguments.rounds):
+                    alone = pro.create(SLOW)["id"]
+                    wait_for(pro, alone)
+                    slow, quick = _overtake(pro, cluster.client)
+                    undisturbed = read_steps(cluster, alone)
+                    overtaken = read_steps(cluster, slow)
+                    overtaking = read_steps(cluster, quick)
+                    step_s = overtaken.step_s(AT_STEP)
+                    first.append((overtaking.told_s[0] - overtaking.began_s) / step_s)
+                    # It had the ranks for itself; the wait before its first step is no cost of its.
+                    told_s = overtaking.told_s
+                    own_s = (told_s[-1] - told_s[0]) * len(told_s) / (len(told_s) - 1)
+                    costs.append((overtaken.seconds - undisturbed.seconds - own_s) / step_s)
+    print(f"{'':8}{'first step':>11}{'cost':>7}   in steps of the overtaken video")
+    for number, (steps, cost) in enumerate(zip(first, costs, strict=True), 1):
+        print(f"round {number:<2}{steps:11.2f}{cost:7.2f}")
+    figures = {
+        "steps_to_first": round(statistics.median(first), 2),
+        "cost_steps": round(statistics.median(costs), 2),
+    }
+    print(json.dumps(figures))
+
+
+def _overtake(pro: Client, enterprise: Client) -> tuple[str, str]:
+    """The overtaken video and the overtaking one, both done."""
+    slow = pro.create(SLOW)["id"]
+    quick = ""
+    for event in pro.follow(slow):
+        if event.data["step"] == AT_STEP and not quick:
+            quick = enterprise.create(QUICK)["id"]
+    wait_for(enterprise, quick)
+    return slow, quick
+
+
+def _pro_account(cluster: Cluster) -> str:
+    """The key of a new account."""
+    admin = Server(cluster.server.url, (cluster.home / "admin_key").read_text())
+    body = {"name": "pro", "plan": Plan.PRO, "credits": 1_000_000}
+    with Client(admin) as operator:
+        created = operator.call("POST", "/admin/v1/accounts", json=body)
+    key: str = created["key"]
+    return key
+
+
+if __name__ == "__main__":
+    main()

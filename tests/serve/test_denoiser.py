@@ -1,0 +1,203 @@
+"""A denoiser of two ranks: what it makes, whom it serves first, and what faults cost."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sqlalchemy import text
+
+from bench.clusters import CHECKPOINT_STEPS, Cluster, running_cluster
+from client.client import Client, Event, Server
+from credits.plans import Plan
+from deployments.database import open_database, reader
+from tests.serve.conftest import read_mp4, until, wait_until
+
+pytestmark = pytest.mark.serve
+
+NUM_STEPS = 40
+FIELDS = {"prompt": "x", "model": "pair", "num_steps": NUM_STEPS, "num_frames": 29, "seed": 1}
+
+
+@pytest.fixture(autouse=True)
+def _no_job_is_left(cluster: Cluster) -> Iterator[None]:
+    yield
+    wait_until(lambda: cluster.client.credits()["reserved"] == 0, 60)
+
+
+@dataclass
+class Run:
+    """A finished video: its last word, its file and the steps that were told."""
+
+    video: dict[str, Any]
+    content: bytes
+    steps: list[int] = field(default_factory=list)
+
+
+def run(
+    client: Client, path: Path, act: Callable[[], None] | None = None, at: int = 12, **fields: Any
+) -> Run:
+    """Make a video, and act once when it has come to that step."""
+    video_id = client.create({**FIELDS, **fields})["id"]
+    steps: list[int] = []
+    event: Event | None = None
+    for event in client.follow(video_id):
+        step = event.data["step"]
+        if event.data["phase"] == "denoise" and step:
+            steps.append(step)
+            if act is not None and step >= at:
+                act()
+                act = None
+    assert event is not None
+    video = event.data["video"]
+    if video["status"] == "completed":
+        client.download(video_id, path)
+    return Run(video, path.read_bytes() if path.exists() else b"", steps)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    made = run(cluster.client, tmp_path_factory.mktemp("undisturbed") / "x.mp4")
+    assert made.video["status"] == "completed"
+    assert made.steps == list(range(1, NUM_STEPS + 1))
+    return made
+
+
+def test_two_ranks_make_the_video_of_one(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared.mp4"
+    shared.write_bytes(undisturbed.content)
+    run(cluster.client, tmp_path / "alone.mp4", model="single")
+    run(cluster.client, tmp_path / "other.mp4", model="single", seed=2)
+    pixels = {
+        name: read_mp4(tmp_path / f"{name}.mp4").astype(int)
+        for name in ("shared", "alone", "other")
+    }
+    assert np.abs(pixels["shared"] - pixels["alone"]).mean() < 0.5
+    assert np.abs(pixels["shared"] - pixels["other"]).mean() > 5
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_costs_no_step_and_no_bit(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path, rank: int
+) -> None:
+    made = run(cluster.client, tmp_path / "x.mp4", lambda: cluster.ranks("t4")[rank].kill())
+    assert made.video["status"] == "completed"
+    assert made.video["charged"] == made.video["quoted"]
+    assert made.steps == list(range(1, NUM_STEPS + 1))
+    assert made.content == undisturbed.content
+
+
+def test_a_rank_that_hangs_is_found_by_the_time_its_step_takes(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
+    stopped = cluster.ranks("t4")
+    made = run(cluster.client, tmp_path / "x.mp4", stopped[1].suspend)
+    assert made.steps == list(range(1, NUM_STEPS + 1))
+    assert made.content == undisturbed.content
+    assert not any(process.is_running() for process in stopped)
+
+
+def test_a_rank_that_dies_idle_is_replaced(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
+    killed = cluster.ranks("t4")
+    killed[0].kill()
+    made = run(cluster.client, tmp_path / "x.mp4")
+    assert made.content == undisturbed.content
+    assert not set(cluster.ranks("t4")) & set(killed)
+
+
+def test_who_breaks_the_group_twice_is_out_and_the_next_is_served(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
+    before = cluster.client.credits()
+    video_id = cluster.client.create(FIELDS)["id"]
+    for event in cluster.client.follow(video_id):
+        if event.data["phase"] == "denoise" and event.data["step"] in (8, 20):
+            cluster.ranks("t4")[0].kill()
+    video = cluster.client.get(video_id)
+    assert (video["status"], video["error"]["code"]) == ("failed", "stage_failed")
+    assert (video["charged"], video["refunded"]) == (0, video["quoted"])
+    assert cluster.client.credits() == before
+    assert run(cluster.client, tmp_path / "x.mp4").content == undisturbed.content
+
+
+def test_a_killed_replica_goes_on_from_the_checkpoint(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
+    made = run(cluster.client, tmp_path / "x.mp4", lambda: cluster.kill("Denoiser-t4"), at=14)
+    killed_at = max(b for b, a in zip(made.steps, made.steps[1:], strict=False) if a <= b)
+    again = made.steps[made.steps.index(killed_at) + 1]
+    assert killed_at - again < CHECKPOINT_STEPS
+    assert made.steps == [*range(1, killed_at + 1), *range(again, NUM_STEPS + 1)]
+    assert made.video["charged"] == made.video["quoted"]
+    assert made.content == undisturbed.content
+    assert list((cluster.home / "storage").glob("checkpoints/*")) == []
+
+
+def test_a_decode_that_is_lost_does_not_cost_the_denoise(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
+    (decoder,) = cluster.replicas("VaeDecoder-t4")
+    made = run(cluster.client, tmp_path / "x.mp4", decoder.kill, at=NUM_STEPS)
+    assert made.steps == list(range(1, NUM_STEPS + 1))
+    assert made.content == undisturbed.content
+
+
+def test_enterprise_work_overtakes_within_a_step(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
+    """The pro account's video is parked and ends in the same bits."""
+    admin = (cluster.home / "admin_key").read_text()
+    with Client(Server(cluster.server.url, admin)) as operator:
+        created = operator.call(
+            "POST",
+            "/admin/v1/accounts",
+            json={"name": "pro", "plan": Plan.PRO, "credits": 1000},
+        )
+    with Client(Server(cluster.server.url, created["key"])) as pro:
+        slow = pro.create(FIELDS)["id"]
+        for event in pro.follow(slow):
+            if event.data["step"] == 10:
+                quick = cluster.client.create({**FIELDS, "num_steps": 8, "seed": 2})["id"]
+        assert pro.get(slow)["status"] == "completed"
+        pro.download(slow, tmp_path / "slow.mp4")
+    assert (tmp_path / "slow.mp4").read_bytes() == undisturbed.content
+    order = _order_of_steps(cluster, slow, quick)
+    begun = order.index((quick, 0))
+    first, last = order.index((quick, 1)), order.index((quick, 8))
+    assert sum(video == slow for video, _ in order[begun:first]) <= 2
+    assert [video for video, _ in order[first:last]].count(slow) == 0
+    assert order[-1] == (slow, NUM_STEPS)
+
+
+def _order_of_steps(cluster: Cluster, *videos: str) -> list[tuple[str, int]]:
+    """Denoise steps as the database was told of them."""
+    engine = open_database(f"sqlite:///{cluster.home / 'mutoscope.db'}")
+    with reader(engine).begin() as connection:
+        rows = connection.execute(
+            text("SELECT job_id, step FROM job_events WHERE phase = 'denoise' ORDER BY rowid")
+        ).all()
+    engine.dispose()
+    return [(row.job_id, row.step) for row in rows if row.job_id in videos]
+
+
+def test_everything_killed_at_once_goes_on_after_a_fresh_start(
+    config_path: Path, undisturbed: Run, tmp_path: Path
+) -> None:
+    with running_cluster(config_path, tmp_path / "home") as cluster:
+        video_id = cluster.client.create(FIELDS)["id"]
+        until(cluster.client, video_id, lambda event: event.data["step"] >= 14)
+        cluster.kill_all()
+    with running_cluster(config_path, tmp_path / "home") as cluster:
+        events = list(cluster.client.follow(video_id))
+        assert events[-1].data["video"]["status"] == "completed"
+        assert events[-1].data["video"]["charged"] == undisturbed.video["charged"]
+        cluster.client.download(video_id, tmp_path / "x.mp4")
+    steps = [e.data["step"] for e in events if e.data["phase"] == "denoise" and e.data["step"]]
+    assert NUM_STEPS <= len(steps) < NUM_STEPS + CHECKPOINT_STEPS
+    assert (tmp_path / "x.mp4").read_bytes() == undisturbed.content

@@ -1,0 +1,82 @@
+"""A rank outside of Ray: what it is given, it gives back, and memory is the request's affair."""
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from bench.ranks import run_ranks
+from deployments.rank import OutOfMemory, Rank
+from models.catalog import Model, load_model
+from models.denoise import denoise
+from models.request import VideoRequest
+from models.stages import load_denoiser, load_encoder
+from models.tensors import Conditioning, ParkedState
+from parallel.plan import ParallelPlan
+
+ONE = ParallelPlan()
+SPARE_BYTES = 96 << 20
+
+
+def make_rank(model: Model) -> Rank:
+    rank = Rank([model], 1)
+    rank.join(0, 1, ("", 0), generation=1, timeout_s=10.0)
+    return rank
+
+
+def test_steps_with_no_memory_of_the_last_end_in_the_same_bits(
+    model: Model, a_request: Callable[..., VideoRequest]
+) -> None:
+    request = a_request()
+    conditioning = load_encoder(model).encode(request, None)
+    *_, last = denoise(load_denoiser(model), request, conditioning)
+    state: ParkedState | None = make_rank(model).start(request, conditioning)
+    for _ in range(request.num_steps):
+        assert state is not None
+        traffic, state = make_rank(model).step(request, conditioning, state, ONE, (0,))
+        assert traffic.calls == {}
+    assert state is not None
+    assert np.array_equal(state.latents, last.latents.numpy())
+
+
+def _run_out_of_memory(_rank: int, folder: Path) -> tuple[str, list[int]]:
+    model = load_model(folder)
+    rank = make_rank(model)
+    text = np.zeros((8, 128), np.float32)
+    conditioning = Conditioning(text, None, None, None, 8)
+    small = model.resolve({"prompt": "x", "num_steps": 2, "seed": 1, "guidance_scale": 1.0})
+    large = small.model_copy(update={"num_frames": 129, "width": 1024, "height": 1024})
+    begun = rank.start(small, conditioning)
+    rank.step(small, conditioning, begun, ONE, (0,))  # whatever is taken once, is taken now
+    state = rank.start(large, conditioning)
+    taken = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (taken + SPARE_BYTES, resource.RLIM_INFINITY))
+    try:
+        rank.step(large, conditioning, state, ONE, (0,))
+    except OutOfMemory as error:
+        told = str(error)
+    else:
+        told = "nothing"
+    _, after = rank.step(small, conditioning, begun, ONE, (0,))
+    assert after is not None
+    return told, list(after.latents.shape)
+
+
+def test_a_step_that_does_not_fit_fails_alone(checkpoint: Path) -> None:
+    ((told, shape),) = run_ranks(1, _run_out_of_memory, checkpoint)
+    assert told.startswith("z-image-video: a denoise step does not fit into memory: ")
+    assert shape == [1, 8, 4, 8, 8]
+
+
+def test_other_faults_are_not_taken_for_a_lack_of_memory(
+    model: Model, a_request: Callable[..., VideoRequest]
+) -> None:
+    request = a_request(guidance_scale=1.0)
+    narrow = Conditioning(np.zeros((8, 3), np.float32), None, None, None, 8)
+    rank = make_rank(model)
+    state = rank.start(request, narrow)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        rank.step(request, narrow, state, ONE, (0,))
