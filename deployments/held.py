@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from autoscaling.step_scheduler import Block
 from autoscaling.urgency import Urgency
 from deployments.messages import Denoised, DenoiseWork
+from models.tensors import ParkedState
 from parallel.plan import ParallelPlan, StepShape
 
 if TYPE_CHECKING:
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)
 class Held:
-    """A request that is here, running or parked. A job may be here twice while its lease moves."""
+    """A request that is here, running or parked. A job may be here twice while its lease moves.
+
+    state is what state_ref refers to. Having read it keeps a copy on this node: a rank's node that
+    dies takes no state with it.
+    """
 
     id: str
     work: DenoiseWork
@@ -24,8 +29,8 @@ class Held:
     plans: dict[int, ParallelPlan]
     urgency: Urgency
     arrived_s: float
-    state: "ray.ObjectRef[Any]"
-    step: int
+    state: ParkedState
+    state_ref: "ray.ObjectRef[Any]"
     first_step: int
     block: Block | None = None
     kills: int = 0
@@ -37,14 +42,9 @@ class Held:
     moments: "asyncio.Queue[Denoised | Exception]" = field(default_factory=asyncio.Queue)
 
     @property
-    def num_steps(self) -> int:
-        """Of the whole denoise."""
-        return self.work.request.num_steps
-
-    @property
     def steps_left(self) -> int:
         """Until the latents are done."""
-        return self.num_steps - self.step
+        return self.state.num_steps - self.state.step
 
     @property
     def is_open(self) -> bool:
@@ -53,7 +53,8 @@ class Held:
 
     def moment(self, latents: "ray.ObjectRef[Any] | None" = None) -> Denoised:
         """Where it stands."""
-        return Denoised(self.step, self.num_steps, self.step - self.first_step, latents)
+        step, num_steps = self.state.step, self.state.num_steps
+        return Denoised(step, num_steps, step - self.first_step, latents)
 
     def fail(self, error: Exception) -> None:
         """Tell whoever waits for the request, and make no further step of it."""

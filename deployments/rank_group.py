@@ -39,9 +39,10 @@ class SeatsUneven(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A step: the state after it, a reference, and what every rank sent for it."""
+    """A step: the state after it, read and as a reference, and what every rank sent for it."""
 
-    state: "ray.ObjectRef[Any]"
+    state: ParkedState
+    state_ref: "ray.ObjectRef[Any]"
     traffic: Traffic
 
 
@@ -172,29 +173,33 @@ class RankGroup:
                 .step.options(num_returns=2)
                 .remote(request, conditioning, state, plan, block.ranks)
             )
-        told = [asyncio.ensure_future(traffic) for traffic, _ in calls]
-        done, running = await asyncio.wait(
+        total = Traffic()
+        for traffic in await self._agree([traffic for traffic, _ in calls], block, timeout_s):
+            total.calls.update(traffic.calls)
+            total.bytes_sent.update(traffic.bytes_sent)
+        state_ref = calls[0][1]
+        return Made(await state_ref, state_ref, total)
+
+    async def _agree(
+        self, calls: "list[ray.ObjectRef[Any]]", block: Block, timeout_s: float
+    ) -> list[Traffic]:
+        """What every rank answers. If some fail and others don't, the group is out of step."""
+        told = [asyncio.ensure_future(call) for call in calls]
+        done, late = await asyncio.wait(
             told, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION
         )
-        if running and any(future.exception() for future in done):
-            # The others fail alike, or wait for ever.
-            done, running = await asyncio.wait(told, timeout=FELLOWS_S)
-        errors = [future.exception() for future in done]
-        failed = [error for error in errors if error is not None]
-        for error in failed:
-            if isinstance(error, RayActorError):
-                raise GroupBroken(f"a rank of block {block} died: {error}") from error
-        if running:
-            for future in running:
-                future.cancel()
-            late = f"no end after {timeout_s:.1f} s" if not failed else f"{failed[0]!r}"
-            raise GroupBroken(f"{len(running)} of block {block} hang: {late}")
-        if failed and len(failed) < len(told):
-            raise GroupBroken(f"block {block} is out of step: {failed[0]!r}")
-        if failed:
-            raise failed[0]
-        total = Traffic()
-        for future in told:
-            total.calls.update(future.result().calls)
-            total.bytes_sent.update(future.result().bytes_sent)
-        return Made(calls[0][1], total)
+        if late and any(future.exception() for future in done):
+            # The others fail alike, or wait for ever for the one that has.
+            done, late = await asyncio.wait(told, timeout=FELLOWS_S)
+        for future in late:
+            future.cancel()
+        errors = [error for future in done if (error := future.exception())]
+        if dead := [error for error in errors if isinstance(error, RayActorError)]:
+            raise GroupBroken(f"a rank of {block} died") from dead[0]
+        if len(errors) == len(told):
+            raise errors[0]
+        if errors:
+            raise GroupBroken(f"{block} is out of step: {errors[0]!r}") from errors[0]
+        if late:
+            raise GroupBroken(f"{len(late)} of {block} hang: no end after {timeout_s:.1f} s")
+        return [future.result() for future in told]

@@ -22,6 +22,7 @@ from deployments.checkpoints import Checkpoints
 from deployments.config import DenoiserConfig
 from deployments.held import Held
 from deployments.messages import Denoised, DenoiseWork
+from deployments.rank import OutOfMemory
 from deployments.rank_group import GroupBroken, Made, RankGroup
 from deployments.traffic_counters import TrafficCounters
 from models.tensors import Conditioning, ParkedState
@@ -121,8 +122,8 @@ class StepLoop:
                 },
             ),
             arrived_s=arrived_s,
-            state=ray.put(state),
-            step=state.step,
+            state=state,
+            state_ref=ray.put(state),
             first_step=first_step,
         )
 
@@ -167,7 +168,7 @@ class StepLoop:
             time.monotonic(), self.group.size, tasks, under_way, self.config.scheduler
         ):
             self.under_way[step.task_id] = step
-            self._spawn(self._make(by_id[step.task_id], step))
+            self._spawn(self._make(by_id[step.task_id], step, self.group.generation))
 
     def _describe(self, held: Held) -> Task:
         return Task(
@@ -184,21 +185,24 @@ class StepLoop:
             block=held.block,
         )
 
-    async def _make(self, held: Held, step: Step) -> None:
+    async def _make(self, held: Held, step: Step, generation: int) -> None:
         """One step of a request, and what follows from it."""
-        generation = self.group.generation
         plan = held.plans[step.block.size]
         began_s = time.monotonic()
         try:
+            if generation != self.group.generation or not self.ready.is_set():
+                return  # it broke before this began
             made = await self.group.step(
                 held.work.request,
                 held.conditioning,
-                held.state,
+                held.state_ref,
                 plan,
                 step.block,
                 self._limit_s(held, plan),
             )
         except GroupBroken as error:
+            if isinstance(error.__cause__, OutOfMemory):  # of one rank; the others wait for it
+                held.fail(error.__cause__)
             self._break(generation, error, [held])
         except RayError as error:  # what the request's own step raised, on every rank
             held.fail(error)
@@ -226,7 +230,7 @@ class StepLoop:
         predicted_s = self._predict(held.shape, plan)
         model = held.work.request.model
         self.times.observe(model, held.shape, plan.degree, predicted_s=predicted_s, took_s=took_s)
-        held.state, held.step, held.block = made.state, held.step + 1, step.block
+        held.state, held.state_ref, held.block = made.state, made.state_ref, step.block
         held.unsaved_s += took_s
         held.unsaved_steps += 1
         if self._save_is_due(held, took_s):
@@ -238,8 +242,7 @@ class StepLoop:
         """Hand over the latents; a checkpoint that is being written is there by then."""
         if held.saving is not None:
             await held.saving
-        state: ParkedState = await held.state
-        held.moments.put_nowait(held.moment(ray.put(state.latents)))
+        held.moments.put_nowait(held.moment(ray.put(held.state.latents)))
 
     def _save_is_due(self, held: Held, step_s: float) -> bool:
         """At the end, too, of whatever was long enough to be saved once."""
@@ -251,14 +254,14 @@ class StepLoop:
         many = config.checkpoint_steps is not None and held.unsaved_steps >= config.checkpoint_steps
         return many or held.unsaved_s + step_s > config.checkpoint_s
 
-    async def _save(self, held: Held, state: "ray.ObjectRef[Any]", plan: ParallelPlan) -> None:
+    async def _save(self, held: Held, state: ParkedState, plan: ParallelPlan) -> None:
         """Write a state while the next steps are made. Without it a kill costs more, but no job."""
         try:
             await asyncio.to_thread(
-                self.checkpoints.save, held.work.job_id, held.work.request, await state, plan
+                self.checkpoints.save, held.work.job_id, held.work.request, state, plan
             )
         except OSError:
-            logger.exception("job %s: step %d is not saved", held.work.job_id, held.step)
+            logger.exception("job %s: step %d is not saved", held.work.job_id, state.step)
 
     def _begin_generation(self) -> None:
         self.failure = None
@@ -285,7 +288,7 @@ class StepLoop:
         self.ready.clear()
         for held in guilty:
             held.kills += 1
-            if held.kills >= self.config.max_kills:
+            if held.kills >= self.config.max_kills and not held.failed:
                 held.fail(RequestQuarantined(held.work.job_id, held.kills))
         self._spawn(self._form_again())
 

@@ -38,7 +38,7 @@ def serve_config() -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("index", [0, 1, 2, 3])
 def test_core_objects_are_valid(index: int) -> None:
     document = documents()[index]
     kubernetes_validate.validate(document, CORE_VERSION, strict=True)
@@ -97,6 +97,33 @@ def test_the_ray_service_fits_kuberays_crd() -> None:
     assert list(validator.iter_errors(broken)) != []
 
 
+def num_gpus(deployment: dict[str, Any]) -> float:
+    """Of one replica: a denoiser's are its ranks', whose bundles follow its own."""
+    bundles = deployment.get("placement_group_bundles")
+    if bundles is None:
+        return float(deployment["ray_actor_options"]["num_gpus"])
+    assert "GPU" not in bundles[0]
+    assert all(bundle["GPU"] > 0 for bundle in bundles[1:])
+    return sum(float(bundle["GPU"]) for bundle in bundles[1:])
+
+
+def test_whatever_may_run_a_job_again_sees_its_checkpoint() -> None:
+    directory = serve_config()["applications"][0]["args"]["storage"]["directory"]
+    claims = set()
+    for template in pod_templates():
+        (container,) = template["spec"]["containers"]
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+        claims.add(volumes[mounts[directory]]["persistentVolumeClaim"]["claimName"])
+    (claim,) = claims
+    (volume,) = [
+        document
+        for document in documents()
+        if document["kind"] == "PersistentVolumeClaim" and document["metadata"]["name"] == claim
+    ]
+    assert volume["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
 def test_serve_takes_the_configuration() -> None:
     schema = ServeDeploySchema.model_validate(serve_config())
     assert schema.applications[0].import_path == "deployments.app:build"
@@ -115,7 +142,10 @@ def test_every_deployment_and_tier_has_its_place() -> None:
         if tier:
             options = deployment["ray_actor_options"]
             assert options["label_selector"] == {"gpu-tier": tier}
-            assert options["num_gpus"] > 0
+            assert num_gpus(deployment) > 0
+            bundles = deployment.get("placement_group_bundles", [])
+            selectors = deployment.get("placement_group_bundle_label_selector", [])
+            assert selectors == [{"gpu-tier": tier}] * len(bundles)
             labels = worker_groups()[tier]["rayStartParams"]["labels"]
             assert labels == f"gpu-tier={tier}"
 
@@ -133,8 +163,7 @@ def test_a_tier_starts_from_zero_on_its_instance(tier: str, instance: str, num_g
     assert limits["nvidia.com/gpu"] == str(num_gpus)
     deployments = serve_config()["applications"][0]["deployments"]
     wanted = sum(
-        deployment["ray_actor_options"]["num_gpus"]
-        * deployment["autoscaling_config"]["max_replicas"]
+        num_gpus(deployment) * deployment["autoscaling_config"]["max_replicas"]
         for deployment in deployments
         if deployment["name"].endswith(f"-{tier}")
     )

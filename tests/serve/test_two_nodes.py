@@ -1,0 +1,138 @@
+"""A denoiser over two nodes, a rank on each: what crosses is a ring, and either node may go."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from numpy.typing import NDArray
+from ray import serve
+from ray.cluster_utils import Cluster
+from ray.serve.handle import DeploymentHandle
+
+from autoscaling.tiers import GpuTier
+from deployments.checkpoints import checkpoint_key
+from deployments.config import DenoiserConfig, TierConfig
+from deployments.denoiser import Denoiser
+from deployments.messages import DenoiseWork
+from media.object_store import LocalObjectStore
+from models.catalog import Model
+from models.checkpoint import unpack
+from models.denoise import denoise
+from models.request import VideoRequest
+from models.stages import load_denoiser, load_encoder
+from models.tensors import Conditioning
+from parallel.plan import ParallelPlan
+
+pytestmark = pytest.mark.serve
+
+STORE_BYTES = 100 << 20
+NUM_STEPS = 12
+SAVED_EVERY = 3
+Latents = NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> LocalObjectStore:
+    return LocalObjectStore(tmp_path_factory.mktemp("storage"))
+
+
+@pytest.fixture(scope="module")
+def nodes(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head that has room for the replica and one rank, and one more node."""
+    monkeypatch_module.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch_module.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 1,
+            "resources": {"head": 1},
+            "object_store_memory": STORE_BYTES,
+            "include_dashboard": False,
+        },
+    )
+    try:
+        cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield cluster
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def denoiser(nodes: Cluster, model: Model, store: LocalObjectStore) -> DeploymentHandle[Any]:
+    config = DenoiserConfig(checkpoint_steps=SAVED_EVERY, degrees=(2,))
+    tier = TierConfig(tier=GpuTier.A100, torch_threads=1, denoiser=config)
+    deployment = serve.deployment(Denoiser).options(
+        max_ongoing_requests=4,
+        ray_actor_options={"num_cpus": 0.1, "resources": {"head": 0.1}},
+        placement_group_bundles=[{"CPU": 0.1, "head": 0.1}, {"CPU": 0.8}, {"CPU": 0.8}],
+        placement_group_strategy="PACK",
+    )
+    serve.start(proxy_location="Disabled")
+    return serve.run(deployment.bind([model], store, tier), name="nodes", route_prefix=None)
+
+
+@pytest.fixture
+def request_(a_request: Callable[..., VideoRequest]) -> VideoRequest:
+    """One text, so that the two ranks share its tokens."""
+    return a_request(num_steps=NUM_STEPS, guidance_scale=1.0)
+
+
+@pytest.fixture
+def conditioning(model: Model, request_: VideoRequest) -> Conditioning:
+    return load_encoder(model).encode(request_, None)
+
+
+def run(
+    denoiser: DeploymentHandle[Any],
+    job_id: str,
+    request: VideoRequest,
+    conditioning: Conditioning,
+    act: Callable[[], None] = lambda: None,
+) -> tuple[Latents, list[int]]:
+    """The latents and the steps that were told; act is called once, after the fifth."""
+    handle: Any = denoiser.options(method_name="denoise", stream=True)
+    steps = []
+    latents: Any = None
+    for denoised in handle.remote(DenoiseWork(job_id, 3, 0.0, request), conditioning):
+        steps.append(denoised.step)
+        latents = denoised.latents
+        if denoised.step == 5:
+            act()
+    return np.asarray(ray.get(latents)), steps
+
+
+def test_two_nodes_share_a_step_by_a_ring_and_survive_the_loss_of_one(
+    nodes: Cluster,
+    denoiser: DeploymentHandle[Any],
+    store: LocalObjectStore,
+    model: Model,
+    request_: VideoRequest,
+    conditioning: Conditioning,
+) -> None:
+    *_, alone = denoise(load_denoiser(model), request_, conditioning)
+    shared, steps = run(denoiser, "undisturbed", request_, conditioning)
+    assert steps == list(range(1, NUM_STEPS + 1))
+    assert np.abs(shared - alone.latents.numpy()).max() <= 1e-5
+    saved = unpack(store.get(checkpoint_key("undisturbed")))
+    assert (saved.plan, saved.state.step) == (ParallelPlan(ring=2), NUM_STEPS)
+
+    (other,) = [node for node in nodes.list_all_nodes() if node is not nodes.head_node]
+
+    def lose_a_node() -> None:
+        nodes.remove_node(other, allow_graceful=False)
+        nodes.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+
+    again, steps = run(denoiser, "disturbed", request_, conditioning, lose_a_node)
+    assert steps == list(range(1, NUM_STEPS + 1))
+    assert np.array_equal(again, shared)
