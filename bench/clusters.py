@@ -119,24 +119,38 @@ def shipped_config() -> dict[str, Any]:
 
 
 def add_pair(config: dict[str, Any], checkpoint: Path, **denoiser: Any) -> None:
-    """Add a tier of two ranks, with the model "pair" on it and the same as "single" on `local`.
+    """Add a tier of two ranks and two decoders, with the model "pair" on it, and the same as
+    "single" on `local` alone, which also takes what does not fit the two ranks.
 
     Keyword arguments are entries of the tier's `denoiser` (DenoiserConfig).
     """
     (application,) = config["applications"]
     arguments = application["args"]
     arguments["models"] += [
-        {"path": str(checkpoint), "id": "pair", "served_on": [{"tier": "t4"}]},
+        {
+            "path": str(checkpoint),
+            "id": "pair",
+            "served_on": [{"tier": "t4"}, {"tier": "local"}],
+        },
         {"path": str(checkpoint), "id": "single", "served_on": [{"tier": "local"}]},
     ]
     shared = {"degrees": [2], "checkpoint_steps": CHECKPOINT_STEPS, **denoiser}
     arguments["tiers"].append(
-        {"tier": "t4", "jobs_at_once": 2, "torch_threads": 1, "denoiser": shared}
+        {
+            "tier": "t4",
+            "jobs_at_once": 2,
+            "torch_threads": 1,
+            "larger": "local",
+            "denoiser": shared,
+            "decoder": {"tile_above_area": 256**2},
+        }
     )
     own = {"ray_actor_options": {"num_cpus": 0.01}}
     bundles = {"placement_group_bundles": [{"CPU": 0.01}, {"CPU": 0.05}, {"CPU": 0.05}]}
     by_name = {entry["name"]: entry for entry in application["deployments"]}
     application["deployments"] += [
-        by_name["VaeDecoder-local"] | own | {"name": "VaeDecoder-t4"},
+        by_name["VaeDecoder-local"]
+        | own
+        | {"name": "VaeDecoder-t4", "autoscaling_config": {"min_replicas": 2, "max_replicas": 2}},
         by_name["Denoiser-local"] | own | bundles | {"name": "Denoiser-t4"},
     ]

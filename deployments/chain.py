@@ -11,6 +11,7 @@ from deployments.denoiser import Denoiser
 from deployments.ingress import Ingress, IngressParts
 from deployments.media_encoder import MediaEncoder
 from deployments.pipeline import VideoPipeline
+from deployments.resident_models import how_many_fit
 from deployments.text_encoder import TextEncoder
 from deployments.vae_decoder import VaeDecoder
 from media.object_store import LocalObjectStore
@@ -34,6 +35,9 @@ def bind_chain(config: AppConfig) -> Application:
             for offer in offers.values()
             if any(served.tier == tier.tier for served in offer.served_on)
         ]
+        how_many_fit(
+            models, tier.denoiser.model_memory_bytes
+        )  # ModelTooLarge, before anything runs
         denoisers[str(tier.tier)] = serve.deployment(name=f"Denoiser-{tier.tier}")(Denoiser).bind(
             models, store, tier
         )
@@ -44,7 +48,11 @@ def bind_chain(config: AppConfig) -> Application:
         [offer.model for offer in offers.values()], store, config.tiers[0].torch_threads
     )
     media_encoder = serve.deployment()(MediaEncoder).bind(
-        store, settings.home / "scratch", decoders
+        store,
+        settings.home / "scratch",
+        decoders,
+        [offer.model for offer in offers.values()],
+        config.tiers,
     )
     pipeline = serve.deployment()(VideoPipeline).bind(
         settings.database_url,

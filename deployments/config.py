@@ -56,7 +56,8 @@ class DenoiserConfig(BaseModel, frozen=True, extra="forbid"):
     video the same to the bit, however busy the group is. checkpoint_s: the work that a kill may
     cost; checkpoint_steps: a checkpoint after so many steps at the latest. max_kills: a request
     during whose steps the group broke so often fails. form_timeout_s: for all ranks to start, load
-    their weights and meet.
+    their weights and meet. model_memory_bytes: what the denoisers of the models that a rank holds
+    at once may take, as stored; None: it holds all of the tier's.
     """
 
     degrees: tuple[int, ...] | None = None
@@ -64,9 +65,19 @@ class DenoiserConfig(BaseModel, frozen=True, extra="forbid"):
     checkpoint_steps: int | None = Field(None, ge=1)
     max_kills: int = Field(2, ge=1)
     form_timeout_s: float = Field(600.0, gt=0)
+    model_memory_bytes: int | None = Field(None, ge=1)
     hang: HangConfig = HangConfig()
     scheduler: StepSchedulerConfig = StepSchedulerConfig()
     urgency: UrgencyConfig = UrgencyConfig()
+
+
+class DecoderConfig(BaseModel, frozen=True, extra="forbid"):
+    """Frames of more than tile_above_area pixels are decoded in tiles, by any free decoders of the
+    tier; None: never. tile_attempts: how often one tile may be lost.
+    """
+
+    tile_above_area: int | None = Field(None, ge=1)
+    tile_attempts: int = Field(4, ge=1)
 
 
 class TierConfig(BaseModel, frozen=True, extra="forbid"):
@@ -74,12 +85,15 @@ class TierConfig(BaseModel, frozen=True, extra="forbid"):
 
     jobs_at_once: how many of the tier's jobs a pipeline replica drives at a time; above 1 the
     decoding of one job overlaps the denoising of the next. torch_threads: per process, CPU only.
+    larger: the tier that takes a job whose steps do not fit into this one's memory; None: it fails.
     """
 
     tier: GpuTier
     jobs_at_once: int = Field(2, ge=1)
     torch_threads: int | None = Field(None, ge=1)
+    larger: GpuTier | None = None
     denoiser: DenoiserConfig = DenoiserConfig()
+    decoder: DecoderConfig = DecoderConfig()
 
 
 class LimitsConfig(BaseModel, frozen=True, extra="forbid"):
@@ -143,6 +157,23 @@ class AppConfig(BaseModel, frozen=True, extra="forbid"):
             for served in model.served_on:
                 if served.tier not in named:
                     raise ValueError(f"{model.path}: no tier {served.tier!r} is configured")
+        return self
+
+    @model_validator(mode="after")
+    def _a_larger_tier_serves_the_same_models(self) -> Self:
+        """And no circle of tiers hands a job round for ever."""
+        larger = {tier.tier: tier.larger for tier in self.tiers if tier.larger is not None}
+        for start in larger:
+            passed = [start]
+            while passed[-1] in larger:
+                passed.append(larger[passed[-1]])
+                if passed[-1] in passed[:-1]:
+                    raise ValueError(f"tiers[].larger: {' -> '.join(passed)} goes round")
+        for model in self.models:
+            served_on = {served.tier for served in model.served_on}
+            for tier in served_on & larger.keys():
+                if larger[tier] not in served_on:
+                    raise ValueError(f"{model.path}: not served on {larger[tier]}, {tier}'s larger")
         return self
 
 

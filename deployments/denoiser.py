@@ -1,6 +1,7 @@
 """The stage that turns noise into latents, one step at a time, on a group of ranks."""
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 from ray.util import get_current_placement_group
 
@@ -8,6 +9,7 @@ from deployments.checkpoints import Checkpoints
 from deployments.config import TierConfig
 from deployments.messages import Denoised, DenoiseWork
 from deployments.rank_group import RankGroup
+from deployments.resident_models import ResidentModels
 from deployments.step_loop import StepLoop
 from media.object_store import ObjectStore
 from models.catalog import Model
@@ -28,15 +30,26 @@ class Denoiser:
         if placement_group is None:
             raise ValueError("a denoiser needs placement_group_bundles, its own and each rank's")
         config = tier.denoiser
-        group = RankGroup(
-            tier.tier, placement_group, models, tier.torch_threads, config.form_timeout_s
-        )
+        group = RankGroup(tier.tier, placement_group, tier.torch_threads, config.form_timeout_s)
         self.loop = StepLoop(group, Checkpoints(store, models), config)
         await self.loop.start()
+        self.models = ResidentModels(group, models, config.model_memory_bytes)
+        self.load_model = self.models.load  # where Serve looks for what is multiplexed
+        await self.models.preload()
 
     def check_health(self) -> None:
         """Fail, with the reason, if the ranks can't form a group any more."""
         self.loop.check_health()
+
+    def describe(self) -> dict[str, Any]:
+        """What it holds now: the group's generation, its ranks' seats, models, requests."""
+        group = self.loop.group
+        return {
+            "generation": group.generation,
+            "ranks": [{"node": seat.node, "pid": seat.pid} for seat in group.seats],
+            "models": sorted(group.models),
+            "jobs": [held.work.job_id for held in self.loop.held.values()],
+        }
 
     async def denoise(
         self, work: DenoiseWork, conditioning: Conditioning
@@ -45,5 +58,7 @@ class Denoiser:
 
         The caller hands over a reference to the Conditioning, which Serve resolves here.
         """
-        async for denoised in self.loop.denoise(work, conditioning):
-            yield denoised
+        await self.loop.ready.wait()
+        async with self.models.use(work.request.model):
+            async for denoised in self.loop.denoise(work, conditioning):
+                yield denoised

@@ -17,6 +17,7 @@ from credits.rates import RateLimited
 from deployments.origin import ForeignPackage
 from deployments.rank import OutOfMemory
 from deployments.rank_group import GroupBroken, SeatsUneven
+from deployments.resident_models import ModelTooLarge
 from deployments.step_loop import RequestQuarantined
 from deployments.url_guard import UrlRefused
 from jobs.outbox import DeliveryNotFound
@@ -106,6 +107,7 @@ ANSWERS: dict[type[Exception], Answer] = {
     CheckpointUnusable: INTERNAL,
     GroupBroken: INTERNAL,
     SeatsUneven: INTERNAL,
+    ModelTooLarge: INTERNAL,
     OutOfMemory: OUT_OF_MEMORY,
     RequestQuarantined: STAGE_FAILED,
     FamilyNotBuilt: STAGE_FAILED,

@@ -10,12 +10,16 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from autoscaling.tiers import GpuTier
+from deployments.config import TierConfig
+from deployments.decoding import DecoderPool
 from deployments.messages import Denoised, Encoding, Published
 from media.decode import read_frames
 from media.encode import Mp4Encoder
 from media.object_store import ObjectStore
 from media.renditions import Rendition, rendition_key
 from media.stills import Stills
+from models.catalog import Model
 from models.request import VideoRequest
 from models.tensors import Frames
 
@@ -26,7 +30,12 @@ class MediaEncoder:
     """Encodes while chunks of frames arrive: they go from decoder to encoder, past the pipeline."""
 
     def __init__(
-        self, store: ObjectStore, scratch: Path, decoders: dict[str, DeploymentHandle[Any]]
+        self,
+        store: ObjectStore,
+        scratch: Path,
+        decoders: dict[str, DeploymentHandle[Any]],
+        models: list[Model],
+        tiers: list[TierConfig],
     ) -> None:
         self.store = store
         self.scratch = scratch
@@ -34,9 +43,8 @@ class MediaEncoder:
         for left in self.scratch.iterdir():  # by a replica that was killed
             if time.time() - left.stat().st_mtime > SCRATCH_S:
                 shutil.rmtree(left, ignore_errors=True)
-        self.decoders: dict[str, Any] = {
-            tier: handle.options(method_name="decode", stream=True)
-            for tier, handle in decoders.items()
+        self.decoders = {
+            tier.tier: DecoderPool(decoders[tier.tier], models, tier.decoder) for tier in tiers
         }
 
     async def encode_media(
@@ -58,7 +66,7 @@ class MediaEncoder:
                     source = Path(folder) / "source.mp4"
                     source.write_bytes(self.store.get(request.continues))
                     await asyncio.to_thread(_copy_frames, source, request, encoder, stills)
-                chunks = self.decoders[tier].remote(request, denoised.latents)
+                chunks = self.decoders[GpuTier(tier)].decode(request, denoised)
                 waiting_s = time.monotonic()
                 async for frames in chunks:
                     arrived_s = time.monotonic()

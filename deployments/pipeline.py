@@ -25,11 +25,12 @@ from deployments.errors import answer_for
 from deployments.expiry import expire_jobs
 from deployments.messages import Denoised, DenoiseWork, Encoded, Encoding, Published
 from deployments.purge import Purger
+from deployments.rank import OutOfMemory
 from deployments.rank_group import GroupBroken
 from deployments.settlement import Ending, WorkDone, cancellation, settle
 from deployments.webhooks import WebhookConfig, WebhookSender
 from jobs.job import Job, JobId, JobState, Phase, Progress
-from jobs.store import LeaseLost, cancelled_of, extend_leases, lease, record
+from jobs.store import LeaseLost, cancelled_of, extend_leases, lease, move, record
 from media.object_store import ObjectStore
 from models.request import VideoRequest
 
@@ -81,6 +82,9 @@ class VideoPipeline:
         }
         self.media_encoder: Any = media_encoder.options(method_name="encode_media", stream=True)
         self.tiers = tiers
+        self.larger: dict[str, str] = {
+            tier.tier: tier.larger for tier in tiers if tier.larger is not None
+        }
         self.leases = leases
         self.weights = weights
         self.owner = uuid.uuid4().hex
@@ -199,10 +203,17 @@ class VideoPipeline:
         try:
             ending = await self._run_to_ending(job, done)
             await self._while_held(functools.partial(self._settle, job, done, ending))
+        except OutOfMemory as error:
+            logger.warning("job %s goes to tier %s: %s", job.id, self.larger[job.tier], error)
+            await self._while_held(functools.partial(self._move, job.id, self.larger[job.tier]))
         except (LeaseLost, AlreadySettled):
             logger.warning("job %s: the lease is lost", job.id)
         except OperationalError:
             logger.exception("job %s: the database is away, the lease must be lost", job.id)
+
+    def _move(self, job_id: JobId, tier: str) -> None:
+        with self.engine.begin() as connection:
+            move(connection, job_id, self.owner, tier)
 
     def _settle(self, job: Job, done: WorkDone, ending: Ending) -> None:
         settle(
@@ -216,7 +227,10 @@ class VideoPipeline:
         )
 
     async def _run_to_ending(self, job: Job, done: WorkDone) -> Ending:
-        """Start the stages over while workers are lost; any other fault ends the job."""
+        """Start the stages over while workers are lost; any other fault ends the job.
+
+        OutOfMemory if a larger tier is to run it.
+        """
         if job.cancel_requested:
             return cancellation()
         made = Made()
@@ -230,6 +244,10 @@ class VideoPipeline:
                 raise LeaseLost(job.id) from None
             except (LeaseLost, OperationalError):
                 raise
+            except OutOfMemory as error:
+                if job.tier in self.larger:
+                    raise
+                return _failure(answer_for(error).code)
             except WORKER_LOST as error:
                 logger.warning("job %s, attempt %d: worker lost: %s", job.id, attempt, error)
             except Exception as error:
@@ -278,7 +296,8 @@ class VideoPipeline:
         denoised: Denoised | None = None
         queued_s = max(0.0, time.time() - job.created_at_ms / 1000)
         work = DenoiseWork(job.id, job.priority, queued_s, request)
-        steps = self.denoisers[job.tier].remote(work, encoded.conditioning)
+        handle = self.denoisers[job.tier].options(multiplexed_model_id=request.model)
+        steps = handle.remote(work, encoded.conditioning)
         async with _cancelled_on_exit(steps):
             async for denoised in steps:
                 done.reach(denoise=denoised.num_made)

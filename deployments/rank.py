@@ -54,6 +54,19 @@ class Rank:
             torch.set_num_threads(torch_threads)
         self.denoisers = {model.id: load_denoiser(model) for model in models}
 
+    def load(self, model: Model) -> None:
+        """Read a model's weights from local safetensors."""
+        from models.stages import load_denoiser
+
+        self.denoisers[model.id] = load_denoiser(model)
+
+    def unload(self, model_id: str) -> None:
+        """Give back the memory of a model's weights."""
+        import torch
+
+        del self.denoisers[model_id]
+        torch.cuda.empty_cache()
+
     def seat(self) -> Seat:
         """The node and the process."""
         return Seat(ray.get_runtime_context().get_node_id(), os.getpid())

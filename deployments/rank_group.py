@@ -56,7 +56,6 @@ class RankGroup:
         self,
         name: str,
         placement_group: PlacementGroup,
-        models: list[Model],
         torch_threads: int | None,
         form_timeout_s: float,
     ) -> None:
@@ -70,7 +69,7 @@ class RankGroup:
         self.bundles = placement_group.bundle_specs[1:]
         if not self.bundles:
             raise ValueError("placement_group_bundles needs one bundle for each rank after the own")
-        self.models = models
+        self.models: dict[str, Model] = {}
         self.torch_threads = torch_threads
         self.form_timeout_s = form_timeout_s
         self.generation = 0
@@ -116,7 +115,7 @@ class RankGroup:
             num_gpus=bundle.pop("GPU", 0),
             resources=bundle,
             scheduling_strategy=strategy,
-        ).remote(self.models, self.torch_threads)
+        ).remote(list(self.models.values()), self.torch_threads)
 
     async def _take_seats(self) -> None:
         """Number the ranks by node: neighbours share one, as Ulysses and every small block need."""
@@ -145,6 +144,18 @@ class RankGroup:
         finally:
             for future in waits:
                 future.cancel()
+
+    async def load(self, model: Model) -> None:
+        """Have every rank read a model's weights, between two steps. GroupBroken if there is none."""
+        if not self.ranks:
+            raise GroupBroken("it is forming again")
+        await asyncio.gather(*[rank.load.remote(model) for rank in self.ranks])
+        self.models[model.id] = model
+
+    async def unload(self, model_id: str) -> None:
+        """Have every rank forget a model."""
+        del self.models[model_id]
+        await asyncio.gather(*[rank.unload.remote(model_id) for rank in self.ranks])
 
     async def shape(self, request: VideoRequest, num_texts: int) -> StepShape:
         """What a step of the request costs."""

@@ -201,11 +201,13 @@ class StepLoop:
                 self._limit_s(held, plan),
             )
         except GroupBroken as error:
-            if isinstance(error.__cause__, OutOfMemory):  # of one rank; the others wait for it
-                held.fail(error.__cause__)
+            cause = getattr(error.__cause__, "cause", None)
+            if isinstance(cause, OutOfMemory):  # of one rank, for which the others wait
+                held.fail(cause)
             self._break(generation, error, [held])
         except RayError as error:  # what the request's own step raised, on every rank
-            held.fail(error)
+            cause = getattr(error, "cause", None)
+            held.fail(cause if isinstance(cause, OutOfMemory) else error)
         else:
             self._note(held, step, plan, made, time.monotonic() - began_s)
             if held.steps_left:

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from models.catalog import Model
 from models.request import VideoRequest
 from models.tensors import Frames
+from models.tiles import Box
 
 
 class VaeDecoder:
-    """Holds the VAE decoders of a tier's models; decodes one request at a time."""
+    """Holds the VAE decoders of a tier's models; decodes one request, or one tile, at a time."""
 
     def __init__(self, models: list[Model], torch_threads: int | None) -> None:
         import torch
@@ -35,3 +36,10 @@ class VaeDecoder:
             chunks = self.decoders[request.model].decode(request, latents)
             while (frames := await asyncio.to_thread(next, chunks, None)) is not None:
                 yield frames
+
+    async def decode_tile(
+        self, model: str, latents: NDArray[np.float32], box: Box
+    ) -> NDArray[np.float32]:
+        """One tile of a request's frames, [3, F, h, w]; its others may be made elsewhere."""
+        async with self.turn:
+            return await asyncio.to_thread(self.decoders[model].decode_tile, latents, box)

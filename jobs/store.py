@@ -180,6 +180,18 @@ def record(connection: Connection, job_id: JobId, owner: str, progress: Progress
     append_event(connection, job_id, progress, None, percentage=row.percentage)
 
 
+def move(connection: Connection, job_id: JobId, owner: str, tier: str) -> None:
+    """Queue a job that owner holds for another tier; LeaseLost unless owner holds it."""
+    row = connection.execute(
+        update(jobs)
+        .where(jobs.c.id == job_id, jobs.c.lease_owner == owner, jobs.c.state == JobState.RUNNING)
+        .values(state=JobState.QUEUED, tier=tier, lease_owner=None, lease_expires_at_ms=None)
+        .returning(jobs.c.id)
+    ).first()
+    if row is None:
+        raise LeaseLost(job_id)
+
+
 def finish(
     connection: Connection, job_id: JobId, *, lease_owner: str | None, outcome: Outcome
 ) -> None:

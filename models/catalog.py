@@ -83,7 +83,7 @@ class Model:
     """A checked checkpoint: what it is called here, where it lies and what it can generate.
 
     frame_stride is the VAE's temporal compression (4k+1 frames make k+1 latent frames);
-    size_multiple is its spatial compression times the transformer's patch.
+    latent_scale its spatial one, and size_multiple that times the transformer's patch.
     """
 
     id: str
@@ -91,7 +91,14 @@ class Model:
     manifest: ModelManifest
     f_patch_sizes: tuple[int, ...]
     frame_stride: int
+    latent_scale: int
     size_multiple: int
+
+    @property
+    def denoiser_bytes(self) -> int:
+        """Of the transformer's weights, as stored."""
+        files = (self.folder / "transformer").glob("*.safetensors")
+        return sum(file.stat().st_size for file in files)
 
     def generated_frames(self, num_frames: int, f_patch_size: int) -> int:
         """The least frame count >= num_frames whose latent frames fill whole temporal patches."""
@@ -163,6 +170,7 @@ def load_model(folder: Path, model_id: str | None = None) -> Model:
         manifest=manifest,
         f_patch_sizes=tuple(transformer["all_f_patch_size"]),
         frame_stride=vae["scale_factor_temporal"],
+        latent_scale=vae["scale_factor_spatial"],
         size_multiple=vae["scale_factor_spatial"] * transformer["all_patch_size"][0],
     )
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from models.catalog import Model
 from models.request import ModelFamily, VideoRequest
 from models.tensors import Conditioning, DenoiseState, Frames
+from models.tiles import Box
 from parallel.plan import StepShape
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class Decoder(Protocol):
 
     def decode(self, request: VideoRequest, latents: NDArray[np.float32]) -> Iterator[Frames]:
         """Frames trimmed to the request's count and size."""
+        ...
+
+    def decode_tile(self, latents: NDArray[np.float32], box: Box) -> NDArray[np.float32]:
+        """One tile of the frames, [3, F, h, w] about -1..1, for `models.tiles` to join."""
         ...
 
 

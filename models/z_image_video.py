@@ -25,6 +25,7 @@ from models.catalog import Model
 from models.request import VideoRequest
 from models.start_image import pad_frames, pad_start_image
 from models.tensors import Conditioning, DenoiseState, Frames
+from models.tiles import Box, to_frames
 from models.transformer_sharding import shard_z_image
 from models.weights import choose_device, choose_dtype, load_component
 from parallel.guidance import predict_each
@@ -172,9 +173,9 @@ class ZImageVideoDenoiser:
         """Latent frames, height and width."""
         width, height = self.model.generated_size(request.width, request.height)
         frames = self.model.generated_frames(request.num_frames, request.f_patch_size)
-        compression = self.model.size_multiple // PATCH_SIZE
         latent_frames = (frames - 1) // self.model.frame_stride + 1
-        return latent_frames, height // compression, width // compression
+        scale = self.model.latent_scale
+        return latent_frames, height // scale, width // scale
 
     def _schedule(self, request: VideoRequest) -> FlowMatchEulerDiscreteScheduler:
         scheduler = copy.deepcopy(self.scheduler)
@@ -231,33 +232,50 @@ class ZImageVideoDecoder:
     @torch.inference_mode()
     def decode(self, request: VideoRequest, latents: NDArray[np.float32]) -> Iterator[Frames]:
         """Frames trimmed to the asked count and, from the middle, to the asked size."""
-        mean, deviation = _latent_statistics(self.vae)
-        scaled = torch.tensor(latents, device=self.device) * deviation + mean
-        hidden = self.vae.post_quant_conv(scaled.to(self.vae.dtype))
-        cache: list[Tensor | None] = [None] * self.vae._cached_conv_counts["decoder"]
         remaining = request.num_frames
-        for index in range(hidden.shape[2]):
+        for chunk in self._decode_chunks(self.vae.post_quant_conv(self._scale(latents))):
+            if self.vae.config.patch_size is not None:
+                chunk = unpatchify(chunk, self.vae.config.patch_size)
+            frames = to_frames(chunk[0].float().cpu().numpy(), request)
+            pixels = frames.pixels[:remaining]
+            remaining -= len(pixels)
+            yield replace(frames, pixels=pixels)
             if remaining <= 0:
                 return
-            chunk = self.vae.decoder(
+
+    @torch.inference_mode()
+    def decode_tile(self, latents: NDArray[np.float32], box: Box) -> NDArray[np.float32]:
+        """A tile of `AutoencoderKLWan.tiled_decode` before it is blended: [3, F, h, w].
+
+        ValueError if the VAE makes patches of pixels: those are blended before they are spread.
+        """
+        if self.vae.config.patch_size is not None:
+            raise ValueError(
+                f"{self.model.id}: its VAE makes patches, which no tiles are joined of"
+            )
+        scaled = self._scale(latents)[
+            :, :, :, box.top : box.top + box.height, box.left : box.left + box.width
+        ]
+        frames = [self.vae.post_quant_conv(frame) for frame in scaled.split(1, dim=2)]
+        decoded = torch.cat(list(self._decode_chunks(torch.cat(frames, dim=2))), dim=2)
+        pixels: NDArray[np.float32] = decoded[0].float().cpu().numpy()
+        return pixels
+
+    def _scale(self, latents: NDArray[np.float32]) -> Tensor:
+        mean, deviation = _latent_statistics(self.vae)
+        scaled = torch.tensor(latents, device=self.device) * deviation + mean
+        return scaled.to(self.vae.dtype)
+
+    def _decode_chunks(self, hidden: Tensor) -> Iterator[Tensor]:
+        """[1, 3, 1 or 4, H, W] of each latent frame."""
+        cache: list[Tensor | None] = [None] * self.vae._cached_conv_counts["decoder"]
+        for index in range(hidden.shape[2]):
+            yield self.vae.decoder(
                 hidden[:, :, index : index + 1],
                 feat_cache=cache,
                 feat_idx=[0],
                 first_chunk=index == 0,
             )
-            if self.vae.config.patch_size is not None:
-                chunk = unpatchify(chunk, self.vae.config.patch_size)
-            pixels = _to_pixels(chunk, request.width, request.height)[:remaining]
-            remaining -= len(pixels)
-            yield Frames(pixels, request.fps)
-
-
-def _to_pixels(chunk: Tensor, width: int, height: int) -> Any:
-    """[1, 3, F, H, W] in -1..1 -> uint8 [F, height, width, 3], cut from the middle."""
-    top, left = (chunk.shape[3] - height) // 2, (chunk.shape[4] - width) // 2
-    cut = chunk[0, :, :, top : top + height, left : left + width].float().clamp(-1.0, 1.0)
-    rounded = ((cut + 1.0) * 127.5).round().to(torch.uint8)
-    return np.ascontiguousarray(rounded.permute(1, 2, 3, 0).cpu().numpy())
 
 
 def _latent_statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from sqlalchemy import text
 
@@ -142,8 +143,9 @@ def test_a_killed_replica_goes_on_from_the_checkpoint(
 def test_a_decode_that_is_lost_does_not_cost_the_denoise(
     cluster: Cluster, undisturbed: Run, tmp_path: Path
 ) -> None:
-    (decoder,) = cluster.replicas("VaeDecoder-t4")
-    made = run(cluster.client, tmp_path / "x.mp4", decoder.kill, at=NUM_STEPS)
+    made = run(
+        cluster.client, tmp_path / "x.mp4", lambda: cluster.kill("VaeDecoder-t4"), at=NUM_STEPS
+    )
     assert made.steps == list(range(1, NUM_STEPS + 1))
     assert made.content == undisturbed.content
 
@@ -201,3 +203,43 @@ def test_everything_killed_at_once_goes_on_after_a_fresh_start(
     steps = [e.data["step"] for e in events if e.data["phase"] == "denoise" and e.data["step"]]
     assert NUM_STEPS <= len(steps) < NUM_STEPS + CHECKPOINT_STEPS
     assert (tmp_path / "x.mp4").read_bytes() == undisturbed.content
+
+
+def test_a_tile_that_is_lost_with_its_decoder_is_made_again_alone(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    large: dict[str, Any] = {"size": "288x288", "num_steps": 1, "num_frames": 13}
+    expected = run(cluster.client, tmp_path / "a.mp4", **large)
+    assert expected.video["status"] == "completed"
+    decoders = cluster.replicas("VaeDecoder-t4")
+    assert len(decoders) == 2
+    used = [sum(decoder.cpu_times()[:2]) for decoder in decoders]
+    video_id = cluster.client.create({**FIELDS, **large})["id"]
+    for decoder, before in zip(decoders, used, strict=True):  # the pool shares the tiles
+        wait_until(lambda d=decoder, b=before: sum(d.cpu_times()[:2]) > b + 0.1, 60)
+    decoders[0].kill()
+    events = list(cluster.client.follow(video_id))
+    assert events[-1].data["video"]["status"] == "completed"
+    frames = [event.data["frame"] for event in events if event.data["phase"] == "decode"]
+    assert frames == [8, 13]  # nothing above the lost tile began again
+    cluster.client.download(video_id, tmp_path / "b.mp4")
+    assert (tmp_path / "b.mp4").read_bytes() == expected.content
+
+
+def test_a_step_that_does_not_fit_goes_to_the_larger_tier(cluster: Cluster, tmp_path: Path) -> None:
+    """And the ranks whose memory it would not fit go on with the next request."""
+    ranks = cluster.ranks("t4")
+    large: dict[str, Any] = {"size": "512x512", "num_steps": 1, "num_frames": 61}
+    for rank in ranks:
+        _, hard = rank.rlimit(psutil.RLIMIT_AS)
+        rank.rlimit(psutil.RLIMIT_AS, (rank.memory_info().vms + (8 << 20), hard))
+    try:
+        made = run(cluster.client, tmp_path / "large.mp4", **large)
+        assert made.video["status"] == "completed"
+        assert made.video["charged"] == made.video["quoted"]
+    finally:
+        for rank in ranks:
+            _, hard = rank.rlimit(psutil.RLIMIT_AS)
+            rank.rlimit(psutil.RLIMIT_AS, (hard, hard))
+    assert run(cluster.client, tmp_path / "x.mp4").video["status"] == "completed"
+    assert cluster.ranks("t4") == ranks

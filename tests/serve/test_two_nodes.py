@@ -1,6 +1,10 @@
-"""A denoiser over two nodes, a rank on each: what crosses is a ring, and either node may go."""
+"""A denoiser over two nodes, a rank on each: what crosses is a ring, and either node may go.
+
+It serves two models and has memory for one.
+"""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,7 +74,9 @@ def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="module")
 def denoiser(nodes: Cluster, model: Model, store: LocalObjectStore) -> DeploymentHandle[Any]:
-    config = DenoiserConfig(checkpoint_steps=SAVED_EVERY, degrees=(2,))
+    config = DenoiserConfig(
+        checkpoint_steps=SAVED_EVERY, degrees=(2,), model_memory_bytes=model.denoiser_bytes
+    )
     tier = TierConfig(tier=GpuTier.A100, torch_threads=1, denoiser=config)
     deployment = serve.deployment(Denoiser).options(
         max_ongoing_requests=4,
@@ -79,7 +85,8 @@ def denoiser(nodes: Cluster, model: Model, store: LocalObjectStore) -> Deploymen
         placement_group_strategy="PACK",
     )
     serve.start(proxy_location="Disabled")
-    return serve.run(deployment.bind([model], store, tier), name="nodes", route_prefix=None)
+    models = [model, replace(model, id="other")]
+    return serve.run(deployment.bind(models, store, tier), name="nodes", route_prefix=None)
 
 
 @pytest.fixture
@@ -101,7 +108,9 @@ def run(
     act: Callable[[], None] = lambda: None,
 ) -> tuple[Latents, list[int]]:
     """The latents and the steps that were told; act is called once, after the fifth."""
-    handle: Any = denoiser.options(method_name="denoise", stream=True)
+    handle: Any = denoiser.options(
+        method_name="denoise", stream=True, multiplexed_model_id=request.model
+    )
     steps = []
     latents: Any = None
     for denoised in handle.remote(DenoiseWork(job_id, 3, 0.0, request), conditioning):
@@ -136,3 +145,44 @@ def test_two_nodes_share_a_step_by_a_ring_and_survive_the_loss_of_one(
     again, steps = run(denoiser, "disturbed", request_, conditioning, lose_a_node)
     assert steps == list(range(1, NUM_STEPS + 1))
     assert np.array_equal(again, shared)
+
+
+def test_the_model_that_was_used_last_stays_and_another_goes(
+    denoiser: DeploymentHandle[Any], request_: VideoRequest, conditioning: Conditioning
+) -> None:
+    describe: Any = denoiser.options(method_name="describe")
+
+    def models() -> list[str]:
+        found: list[str] = describe.remote().result()["models"]
+        return found
+
+    assert models() == [request_.model]
+    other = request_.model_copy(update={"model": "other"})
+    ours, _ = run(denoiser, "ours", request_, conditioning)
+    assert models() == [request_.model]
+    theirs, _ = run(denoiser, "theirs", other, conditioning)
+    assert models() == ["other"]
+    assert np.array_equal(ours, theirs)  # the same weights by another name
+    again, _ = run(denoiser, "again", request_, conditioning)
+    assert np.array_equal(ours, again)
+    assert models() == [request_.model]
+
+
+def test_a_model_in_use_makes_room_only_when_its_request_has_left(
+    denoiser: DeploymentHandle[Any], request_: VideoRequest, conditioning: Conditioning
+) -> None:
+    other = request_.model_copy(update={"model": "other"})
+    expected, _ = run(denoiser, "first", request_, conditioning)
+    begun: list[Any] = []
+
+    def ask_for_the_other() -> None:
+        handle: Any = denoiser.options(
+            method_name="denoise", stream=True, multiplexed_model_id="other"
+        )
+        begun.append(handle.remote(DenoiseWork("second", 3, 0.0, other), conditioning))
+
+    latents, steps = run(denoiser, "in use", request_, conditioning, ask_for_the_other)
+    assert steps == list(range(1, NUM_STEPS + 1))
+    assert np.array_equal(latents, expected)
+    *_, last = begun[0]
+    assert np.array_equal(np.asarray(ray.get(last.latents)), expected)

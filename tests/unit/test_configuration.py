@@ -47,6 +47,9 @@ def test_every_deployment_has_its_resources(tmp_path: Path, monkeypatch: Any) ->
         ({"tiers": [{"tier": "h100"}]}, "tier"),
         ({"tiers": [{"tier": "t4"}]}, "local"),
         ({"leases": {"lease_s": 0}}, "lease_s"),
+        ({"tiers": [{"tier": "local", "larger": "local"}]}, "local -> local"),
+        ({"tiers": [{"tier": "local", "larger": "a100"}]}, "not served on a100"),
+        ({"tiers": [{"tier": "local", "denoiser": {"degrees": [2], "degree": 2}}]}, "degree"),
     ],
 )
 def test_a_wrong_configuration_names_its_fault(change: dict[str, Any], named: str) -> None:

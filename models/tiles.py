@@ -1,0 +1,93 @@
+"""Decoding in tiles that any process may make: where they lie, and how they are joined.
+
+The tiles and the blending are those of diffusers' `AutoencoderKLWan.tiled_decode`, frame by frame
+and in numpy, so that whoever joins needs neither torch nor the VAE, and the result is the same to
+the bit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.catalog import Model
+from models.request import VideoRequest
+from models.tensors import Frames
+
+Pixels = NDArray[np.float32]
+TILE_SIDE, TILE_STRIDE = 256, 192  # AutoencoderKLWan's own
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle of latents."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class TileGrid:
+    """Latents of height by width, in overlapping squares; scale is pixels a latent."""
+
+    height: int
+    width: int
+    scale: int
+
+    @property
+    def boxes(self) -> list[Box]:
+        """Row by row; those at the lower and right edges may be smaller."""
+        side, stride = TILE_SIDE // self.scale, TILE_STRIDE // self.scale
+        return [
+            Box(top, left, min(side, self.height - top), min(side, self.width - left))
+            for top in range(0, self.height, stride)
+            for left in range(0, self.width, stride)
+        ]
+
+    def join(self, tiles: Sequence[Pixels]) -> Pixels:
+        """Decoded tiles [3, F, h, w], in the order of boxes, to frames [3, F, H, W].
+
+        Every tile is blended with the one above and the one to its left, after those were.
+        """
+        columns = len(range(0, self.width, TILE_STRIDE // self.scale))
+        overlap = TILE_SIDE - TILE_STRIDE
+        blended = [tile.copy() for tile in tiles]
+        rows = []
+        for first in range(0, len(blended), columns):
+            row = blended[first : first + columns]
+            for column, tile in enumerate(row):
+                if first:
+                    above = blended[first - columns + column]
+                    _blend(above.swapaxes(2, 3), tile.swapaxes(2, 3), overlap)
+                if column:
+                    _blend(row[column - 1], tile, overlap)
+            rows.append(np.concatenate([t[..., :TILE_STRIDE, :TILE_STRIDE] for t in row], axis=3))
+        joined = np.concatenate(rows, axis=2)
+        return joined[:, :, : self.height * self.scale, : self.width * self.scale]
+
+
+def tile_grid(model: Model, request: VideoRequest) -> TileGrid:
+    """The tiles of a request's frames."""
+    width, height = model.generated_size(request.width, request.height)
+    scale = model.latent_scale
+    return TileGrid(height // scale, width // scale, scale)
+
+
+def to_frames(pixels: Pixels, request: VideoRequest) -> Frames:
+    """[3, F, H, W] about -1..1 to the request's size, cut from the middle."""
+    top = (pixels.shape[2] - request.height) // 2
+    left = (pixels.shape[3] - request.width) // 2
+    cut = pixels[:, :, top : top + request.height, left : left + request.width].clip(-1.0, 1.0)
+    rounded = np.rint((cut + np.float32(1.0)) * np.float32(127.5)).astype(np.uint8)
+    return Frames(np.ascontiguousarray(rounded.transpose(1, 2, 3, 0)), request.fps)
+
+
+def _blend(before: Pixels, after: Pixels, overlap: int) -> None:
+    """Fade the first columns of `after` in over the last ones of `before`, in place."""
+    extent = min(before.shape[3], after.shape[3], overlap)
+    for x in range(extent):
+        share = x / extent
+        after[..., x] = before[..., x - extent] * (1 - share) + after[..., x] * share
