@@ -146,7 +146,7 @@ class RankGroup:
                 future.cancel()
 
     async def load(self, model: Model) -> None:
-        """Have every rank read a model's weights, between two steps. GroupBroken if there is none."""
+        """Have every rank read a model's weights, between steps. GroupBroken if there is none."""
         if not self.ranks:
             raise GroupBroken("it is forming again")
         await asyncio.gather(*[rank.load.remote(model) for rank in self.ranks])
