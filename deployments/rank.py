@@ -3,10 +3,10 @@
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import ray
 
@@ -37,6 +37,14 @@ class Seat:
 
     node: str
     pid: int
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _in_group(name: str) -> Callable[[Method], Method]:
+    """`ray.method`, whose annotations make methods uncallable outside of an actor."""
+    return cast("Callable[[Method], Method]", ray.method(concurrency_group=name))
 
 
 class Rank:
@@ -71,7 +79,7 @@ class Rank:
         """The node and the process."""
         return Seat(ray.get_runtime_context().get_node_id(), os.getpid())
 
-    @ray.method(concurrency_group="watch")
+    @_in_group("watch")
     def wait(self) -> None:
         """Never return: whoever waits for this hears at once when the process dies."""
         threading.Event().wait()
@@ -111,12 +119,12 @@ class Rank:
             timeout=timeout,
         )
 
-    @ray.method(concurrency_group="aside")
+    @_in_group("aside")
     def shape(self, request: VideoRequest, num_texts: int) -> StepShape:
         """What a step of the request costs."""
         return self.denoisers[request.model].shape(request, num_texts)
 
-    @ray.method(concurrency_group="aside")
+    @_in_group("aside")
     def start(self, request: VideoRequest, conditioning: Conditioning) -> ParkedState:
         """The state before the first step."""
         from models.denoise import park

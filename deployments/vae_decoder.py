@@ -40,6 +40,6 @@ class VaeDecoder:
     async def decode_tile(
         self, model: str, latents: NDArray[np.float32], box: Box
     ) -> NDArray[np.float32]:
-        """One tile of a request's frames, [3, F, h, w]; its others may be made elsewhere."""
+        """One tile of a request's frames, [C, F, h, w]; its others may be made elsewhere."""
         async with self.turn:
             return await asyncio.to_thread(self.decoders[model].decode_tile, latents, box)

@@ -83,7 +83,8 @@ class Model:
     """A checked checkpoint: what it is called here, where it lies and what it can generate.
 
     frame_stride is the VAE's temporal compression (4k+1 frames make k+1 latent frames);
-    latent_scale its spatial one, and size_multiple that times the transformer's patch.
+    latent_scale its spatial one, pixel_patch that part of it which is patches of pixels, and
+    size_multiple latent_scale times the transformer's patch.
     """
 
     id: str
@@ -92,6 +93,7 @@ class Model:
     f_patch_sizes: tuple[int, ...]
     frame_stride: int
     latent_scale: int
+    pixel_patch: int
     size_multiple: int
 
     @property
@@ -171,6 +173,7 @@ def load_model(folder: Path, model_id: str | None = None) -> Model:
         f_patch_sizes=tuple(transformer["all_f_patch_size"]),
         frame_stride=vae["scale_factor_temporal"],
         latent_scale=vae["scale_factor_spatial"],
+        pixel_patch=vae["patch_size"] or 1,
         size_multiple=vae["scale_factor_spatial"] * transformer["all_patch_size"][0],
     )
 

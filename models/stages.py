@@ -59,7 +59,7 @@ class Decoder(Protocol):
         ...
 
     def decode_tile(self, latents: NDArray[np.float32], box: Box) -> NDArray[np.float32]:
-        """One tile of the frames, [3, F, h, w] about -1..1, for `models.tiles` to join."""
+        """One tile of the frames, [C, F, h, w] about -1..1, for `models.tiles` to join."""
         ...
 
 

@@ -31,11 +31,16 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class TileGrid:
-    """Latents of height by width, in overlapping squares; scale is pixels a latent."""
+    """Latents of height by width, in overlapping squares; scale is pixels a latent.
+
+    patch: a VAE may decode to patches of so many pixels squared, each a run of channels; those are
+    blended before they are spread.
+    """
 
     height: int
     width: int
     scale: int
+    patch: int = 1
 
     @property
     def boxes(self) -> list[Box]:
@@ -48,12 +53,13 @@ class TileGrid:
         ]
 
     def join(self, tiles: Sequence[Pixels]) -> Pixels:
-        """Decoded tiles [3, F, h, w], in the order of boxes, to frames [3, F, H, W].
+        """Decoded tiles [3 * patch**2, F, h, w], in the order of boxes, to frames [3, F, H, W].
 
         Every tile is blended with the one above and the one to its left, after those were.
         """
         columns = len(range(0, self.width, TILE_STRIDE // self.scale))
-        overlap = TILE_SIDE - TILE_STRIDE
+        stride = TILE_STRIDE // self.patch
+        overlap = TILE_SIDE // self.patch - stride
         blended = [tile.copy() for tile in tiles]
         rows = []
         for first in range(0, len(blended), columns):
@@ -64,16 +70,24 @@ class TileGrid:
                     _blend(above.swapaxes(2, 3), tile.swapaxes(2, 3), overlap)
                 if column:
                     _blend(row[column - 1], tile, overlap)
-            rows.append(np.concatenate([t[..., :TILE_STRIDE, :TILE_STRIDE] for t in row], axis=3))
-        joined = np.concatenate(rows, axis=2)
-        return joined[:, :, : self.height * self.scale, : self.width * self.scale]
+            rows.append(np.concatenate([t[..., :stride, :stride] for t in row], axis=3))
+        scale = self.scale // self.patch
+        joined = np.concatenate(rows, axis=2)[:, :, : self.height * scale, : self.width * scale]
+        return self._spread(joined)
+
+    def _spread(self, patches: Pixels) -> Pixels:
+        """diffusers' `unpatchify`: channels are colour, then column, then row of the patch."""
+        channels, frames, height, width = patches.shape
+        side = self.patch
+        split = patches.reshape(channels // side**2, side, side, frames, height, width)
+        return split.transpose(0, 3, 4, 2, 5, 1).reshape(-1, frames, height * side, width * side)
 
 
 def tile_grid(model: Model, request: VideoRequest) -> TileGrid:
     """The tiles of a request's frames."""
     width, height = model.generated_size(request.width, request.height)
     scale = model.latent_scale
-    return TileGrid(height // scale, width // scale, scale)
+    return TileGrid(height // scale, width // scale, scale, model.pixel_patch)
 
 
 def to_frames(pixels: Pixels, request: VideoRequest) -> Frames:

@@ -245,14 +245,7 @@ class ZImageVideoDecoder:
 
     @torch.inference_mode()
     def decode_tile(self, latents: NDArray[np.float32], box: Box) -> NDArray[np.float32]:
-        """A tile of `AutoencoderKLWan.tiled_decode` before it is blended: [3, F, h, w].
-
-        ValueError if the VAE makes patches of pixels: those are blended before they are spread.
-        """
-        if self.vae.config.patch_size is not None:
-            raise ValueError(
-                f"{self.model.id}: its VAE makes patches, which no tiles are joined of"
-            )
+        """A tile of `AutoencoderKLWan.tiled_decode` before it is blended, [C, F, h, w]."""
         scaled = self._scale(latents)[
             :, :, :, box.top : box.top + box.height, box.left : box.left + box.width
         ]

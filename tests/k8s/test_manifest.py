@@ -97,7 +97,7 @@ def test_the_ray_service_fits_kuberays_crd() -> None:
     assert list(validator.iter_errors(broken)) != []
 
 
-def num_gpus(deployment: dict[str, Any]) -> float:
+def gpus_of(deployment: dict[str, Any]) -> float:
     """Of one replica: a denoiser's are its ranks', whose bundles follow its own."""
     bundles = deployment.get("placement_group_bundles")
     if bundles is None:
@@ -142,7 +142,7 @@ def test_every_deployment_and_tier_has_its_place() -> None:
         if tier:
             options = deployment["ray_actor_options"]
             assert options["label_selector"] == {"gpu-tier": tier}
-            assert num_gpus(deployment) > 0
+            assert gpus_of(deployment) > 0
             bundles = deployment.get("placement_group_bundles", [])
             selectors = deployment.get("placement_group_bundle_label_selector", [])
             assert selectors == [{"gpu-tier": tier}] * len(bundles)
@@ -163,11 +163,11 @@ def test_a_tier_starts_from_zero_on_its_instance(tier: str, instance: str, num_g
     assert limits["nvidia.com/gpu"] == str(num_gpus)
     deployments = serve_config()["applications"][0]["deployments"]
     wanted = sum(
-        num_gpus(deployment) * deployment["autoscaling_config"]["max_replicas"]
+        gpus_of(deployment) * deployment["autoscaling_config"]["max_replicas"]
         for deployment in deployments
         if deployment["name"].endswith(f"-{tier}")
     )
-    assert wanted <= num_gpus * group["maxReplicas"]
+    assert round(wanted, 6) <= num_gpus * group["maxReplicas"]
 
 
 def test_ray_is_never_without_its_token() -> None:

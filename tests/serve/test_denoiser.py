@@ -215,8 +215,12 @@ def test_a_tile_that_is_lost_with_its_decoder_is_made_again_alone(
     assert len(decoders) == 2
     used = [sum(decoder.cpu_times()[:2]) for decoder in decoders]
     video_id = cluster.client.create({**FIELDS, **large})["id"]
-    for decoder, before in zip(decoders, used, strict=True):  # the pool shares the tiles
-        wait_until(lambda d=decoder, b=before: sum(d.cpu_times()[:2]) > b + 0.1, 60)
+
+    def have_all_worked() -> bool:
+        now = [sum(decoder.cpu_times()[:2]) for decoder in decoders]
+        return all(after > before + 0.1 for before, after in zip(used, now, strict=True))
+
+    wait_until(have_all_worked, 60)  # the pool shares the tiles
     decoders[0].kill()
     events = list(cluster.client.follow(video_id))
     assert events[-1].data["video"]["status"] == "completed"

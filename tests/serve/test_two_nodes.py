@@ -78,7 +78,7 @@ def denoiser(nodes: Cluster, model: Model, store: LocalObjectStore) -> Deploymen
         checkpoint_steps=SAVED_EVERY, degrees=(2,), model_memory_bytes=model.denoiser_bytes
     )
     tier = TierConfig(tier=GpuTier.A100, torch_threads=1, denoiser=config)
-    deployment = serve.deployment(Denoiser).options(
+    deployment = serve.deployment()(Denoiser).options(
         max_ongoing_requests=4,
         ray_actor_options={"num_cpus": 0.1, "resources": {"head": 0.1}},
         placement_group_bundles=[{"CPU": 0.1, "head": 0.1}, {"CPU": 0.8}, {"CPU": 0.8}],

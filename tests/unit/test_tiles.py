@@ -18,7 +18,7 @@ def random_latents(grid: TileGrid, num_frames: int) -> NDArray[np.float32]:
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
-@pytest.mark.parametrize("size", [(272, 208), (208, 272), (272, 464)])
+@pytest.mark.parametrize("size", [(272, 208), (208, 272)])
 def test_joined_tiles_are_bit_equal_to_the_stock_tiled_decode(
     model: Model, a_request: Callable[..., VideoRequest], size: tuple[int, int]
 ) -> None:
@@ -47,10 +47,10 @@ def test_joined_tiles_are_bit_equal_to_the_stock_tiled_decode(
 
 
 def test_joining_leaves_the_tiles_as_they_were() -> None:
-    grid = TileGrid(height=26, width=34, scale=8)
+    grid = TileGrid(height=26, width=34, scale=8, patch=2)
     random = np.random.default_rng(0)
     tiles = [
-        random.standard_normal((3, 1, box.height * 8, box.width * 8), dtype=np.float32)
+        random.standard_normal((12, 1, box.height * 4, box.width * 4), dtype=np.float32)
         for box in grid.boxes
     ]
     before = [tile.copy() for tile in tiles]
