@@ -83,8 +83,8 @@ class DecoderConfig(BaseModel, frozen=True, extra="forbid"):
 class TierConfig(BaseModel, frozen=True, extra="forbid"):
     """One pool of denoisers and decoders.
 
-    jobs_at_once: how many of the tier's jobs a pipeline replica drives at a time; above 1 the
-    decoding of one job overlaps the denoising of the next. torch_threads: per process, CPU only.
+    jobs_at_once: how many of the tier's jobs a pipeline replica drives at a time: as many as its
+    denoisers hold (max_ongoing_requests), running and parked. torch_threads: per process, CPU only.
     larger: the tier that takes a job whose steps do not fit into this one's memory; None: it fails.
     """
 
