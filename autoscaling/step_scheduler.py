@@ -7,7 +7,7 @@ keeps its state and loses nothing but time.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,7 +32,8 @@ class Task:
 
     step_s: seconds of one step by degree, for every degree that it may run at; value: what it is
     worth to finish it by deadline_s; express_from_s: when it begins to overtake whoever is not
-    express; block: where its last step ran. Times are seconds on one clock.
+    express; block: where its last step ran; batch: requests of the same may make their steps in
+    one, None: alone. Times are seconds on one clock.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Task:
     step_s: Mapping[int, float]
     value: float = 1.0
     block: Block | None = None
+    batch: Hashable | None = None
 
     def seconds(self, degree: int) -> float:
         """What is left, at that degree."""
@@ -60,11 +62,15 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step that is under way, or that is to begin now: whose, where, and when it ends."""
+    """A step that is under way, or that is to begin now: whose, where, and when it ends.
+
+    batched: others whose steps are made in one with it.
+    """
 
     task_id: str
     block: Block
     ends_s: float
+    batched: tuple[str, ...] = ()
 
 
 class StepSchedulerConfig(BaseModel, frozen=True, extra="forbid"):
@@ -72,7 +78,9 @@ class StepSchedulerConfig(BaseModel, frozen=True, extra="forbid"):
     smallest degree that ends within this share of the time it has. max_step_s: a degree whose step
     is longer is taken only if there is no quicker one, for so long may everyone else wait.
     hold_s: a block is held free for a request whose slack is not longer than this and a step.
-    min_efficiency: idle ranks are given to a request while its steps keep them so busy.
+    min_efficiency: idle ranks are given to a request while its steps keep them so busy. max_batch:
+    so many requests may make a step in one on a single rank; a video's last bits then depend on
+    whom it meets there.
     """
 
     capacity: float = Field(0.95, gt=0, le=1)
@@ -80,6 +88,7 @@ class StepSchedulerConfig(BaseModel, frozen=True, extra="forbid"):
     max_step_s: float = Field(7.6, gt=0)
     hold_s: float = Field(3.0, ge=0)
     min_efficiency: float = Field(0.8, ge=0)
+    max_batch: int = Field(1, ge=1)
 
 
 def next_steps(
@@ -101,15 +110,18 @@ def next_steps(
     board = _Board(now_s, num_ranks, under_way, config)
     express = [task for task in tasks if task.express_from_s <= now_s]
     in_time = guaranteed(now_s, num_ranks, tasks, config)
-    for task in sorted(express, key=_by_deadline):
-        board.place(task, must=True)
-    for task in sorted(in_time, key=_by_deadline):
-        if task not in express:
-            board.place(task, must=board.is_urgent(task))
+    express.sort(key=_by_deadline)
+    promised = [task for task in in_time if task not in express]
     rest = [task for task in tasks if task not in express and task not in in_time]
-    for task in sorted(rest, key=lambda task: _effort(task, now_s)):
+    rest.sort(key=lambda task: _effort(task, now_s))
+    for task in express:
+        board.place(task, must=True)
+    for task in promised:
+        board.place(task, must=board.is_urgent(task))
+    for task in rest:
         board.place(task, must=False)
     board.grow()
+    board.batch([*express, *promised, *rest])
     return board.steps()
 
 
@@ -171,6 +183,7 @@ class _Board:
                 self.free_from_s[rank] = max(step.ends_s, math.nextafter(now_s, math.inf))
         self.held: set[int] = set()
         self.placed: dict[str, tuple[Task, Block]] = {}
+        self.batches: dict[str, list[Task]] = {}
 
     def is_urgent(self, task: Task) -> bool:
         """It can't wait for much longer than the longest step."""
@@ -196,12 +209,24 @@ class _Board:
             while self._doubled(task):
                 pass
 
+    def batch(self, tasks: Sequence[Task]) -> None:
+        """Let those that got no rank join a like one that has one, the first come first."""
+        waiting = [task for task in tasks if task.id not in self.placed and task.batch is not None]
+        for task, block in self.placed.values():
+            alike = [other for other in waiting if other.batch == task.batch]
+            joined = alike[: self.config.max_batch - 1] if block.size == 1 else []
+            self.batches[task.id] = joined
+            waiting = [other for other in waiting if other not in joined]
+
     def steps(self) -> list[Step]:
-        """What was placed."""
-        return [
-            Step(task.id, block, self.now_s + task.step_s[block.size])
-            for task, block in self.placed.values()
-        ]
+        """What was placed. A batch takes no longer than its steps one by one."""
+        steps = []
+        for task, block in self.placed.values():
+            joined = self.batches[task.id]
+            takes_s = task.step_s[block.size] + sum(other.step_s[1] for other in joined)
+            ids = tuple(other.id for other in joined)
+            steps.append(Step(task.id, block, self.now_s + takes_s, ids))
+        return steps
 
     def _degree(self, task: Task) -> int:
         """The smallest that is quick enough, both for the deadline and for those who wait.

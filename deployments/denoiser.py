@@ -42,12 +42,15 @@ class Denoiser:
         self.loop.check_health()
 
     def describe(self) -> dict[str, Any]:
-        """What it holds now: the group's generation, its ranks' seats, models, requests."""
+        """What it holds now: the group's generation, its ranks' seats, models and requests; and
+        how many steps it has made, one shared by several requests counted once.
+        """
         group = self.loop.group
         return {
             "generation": group.generation,
             "ranks": [{"node": seat.node, "pid": seat.pid} for seat in group.seats],
             "models": sorted(group.models),
+            "steps_made": self.loop.num_made,
             "jobs": [held.work.job_id for held in self.loop.held.values()],
         }
 

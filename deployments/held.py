@@ -1,12 +1,14 @@
 """A request inside a denoiser replica, between its steps."""
 
 import asyncio
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from autoscaling.step_scheduler import Block
 from autoscaling.urgency import Urgency
 from deployments.messages import Denoised, DenoiseWork
+from deployments.rank_group import Part
 from models.tensors import ParkedState
 from parallel.plan import ParallelPlan, StepShape
 
@@ -32,6 +34,7 @@ class Held:
     state: ParkedState
     state_ref: "ray.ObjectRef[Any]"
     first_step: int
+    batch: Hashable | None = None
     block: Block | None = None
     kills: int = 0
     unsaved_s: float = 0.0
@@ -50,6 +53,11 @@ class Held:
     def is_open(self) -> bool:
         """There are steps to make, and nothing has failed."""
         return self.steps_left > 0 and not self.failed
+
+    @property
+    def part(self) -> Part:
+        """What its next step begins from."""
+        return Part(self.work.request, self.conditioning, self.state_ref)
 
     def moment(self, latents: "ray.ObjectRef[Any] | None" = None) -> Denoised:
         """Where it stands."""

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -132,26 +132,36 @@ class Rank:
         with _out_of_memory_told(request.model):
             return park(self.denoisers[request.model].start(request, conditioning))
 
+    @_in_group("aside")
+    def batch(self, request: VideoRequest) -> Hashable | None:
+        """What requests have in common that may make a step in one."""
+        return self.denoisers[request.model].batch(request)
+
     def step(
         self,
-        request: VideoRequest,
-        conditioning: Conditioning,
-        state: ParkedState,
         plan: ParallelPlan,
         ranks: tuple[int, ...],
-    ) -> tuple[Traffic, ParkedState | None]:
-        """One step, shared by these ranks, which are all called alike; the first has the result.
+        requests: list[VideoRequest],
+        *held: Conditioning | ParkedState,
+    ) -> "tuple[Traffic | ParkedState | None, ...]":
+        """One step of each request, shared by these ranks, which are all called alike.
 
-        OutOfMemory: what the step had taken is free again.
+        held: the requests' conditionings, then their states. Answers what was sent, then the new
+        states, which only the first of the ranks has. OutOfMemory: what the step had taken is free
+        again.
         """
         from models.denoise import park, resume
         from models.weights import choose_device
 
-        denoiser = self.denoisers[request.model]
+        denoiser = self.denoisers[requests[0].model]
         denoiser.use(self.meshes.mesh(plan, ranks))
-        with _out_of_memory_told(request.model):
-            made = denoiser.step(request, conditioning, resume(state, choose_device()))
-        return self.meshes.traffic.take(), park(made) if self.rank == ranks[0] else None
+        conditionings: Any = held[: len(requests)]
+        parked: Any = held[len(requests) :]
+        with _out_of_memory_told(requests[0].model):
+            states = [resume(state, choose_device()) for state in parked]
+            made = denoiser.step_all(requests, conditionings, states)
+        first = self.rank == ranks[0]
+        return self.meshes.traffic.take(), *[park(state) if first else None for state in made]
 
 
 @contextlib.contextmanager

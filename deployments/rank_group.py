@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +39,20 @@ class SeatsUneven(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """A step: the state after it, read and as a reference, and what every rank sent for it."""
+class Part:
+    """One request's part in a step; the references are to a Conditioning and a ParkedState."""
 
-    state: ParkedState
-    state_ref: "ray.ObjectRef[Any]"
+    request: VideoRequest
+    conditioning: "ray.ObjectRef[Any]"
+    state: "ray.ObjectRef[Any]"
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A step: its parts' states, read and as references, and what every rank sent for it."""
+
+    states: list[ParkedState]
+    references: "list[ray.ObjectRef[Any]]"
     traffic: Traffic
 
 
@@ -167,29 +177,29 @@ class RankGroup:
         state: ParkedState = await self.ranks[0].start.remote(request, conditioning)
         return state
 
+    async def batch(self, request: VideoRequest) -> Hashable | None:
+        """What requests have in common that may make a step in one."""
+        return await self.ranks[0].batch.remote(request)  # type: ignore[no-any-return]
+
     async def step(
-        self,
-        request: VideoRequest,
-        conditioning: "ray.ObjectRef[Any]",
-        state: "ray.ObjectRef[Any]",
-        plan: ParallelPlan,
-        block: Block,
-        timeout_s: float,
+        self, parts: list[Part], plan: ParallelPlan, block: Block, timeout_s: float
     ) -> Made:
-        """One step by a block of ranks. GroupBroken; or what every rank of the block raised."""
+        """One step of each part by a block of ranks.
+
+        GroupBroken; or what every rank of the block raised.
+        """
+        requests = [part.request for part in parts]
+        held = [*[part.conditioning for part in parts], *[part.state for part in parts]]
         calls = []
         for number in block.ranks:
-            calls.append(
-                self.ranks[number]
-                .step.options(num_returns=2)
-                .remote(request, conditioning, state, plan, block.ranks)
-            )
+            step = self.ranks[number].step.options(num_returns=1 + len(parts))
+            calls.append(step.remote(plan, block.ranks, requests, *held))
         total = Traffic()
-        for traffic in await self._agree([traffic for traffic, _ in calls], block, timeout_s):
+        for traffic in await self._agree([call[0] for call in calls], block, timeout_s):
             total.calls.update(traffic.calls)
             total.bytes_sent.update(traffic.bytes_sent)
-        state_ref = calls[0][1]
-        return Made(await state_ref, state_ref, total)
+        references = calls[0][1:]
+        return Made(list(await asyncio.gather(*references)), references, total)
 
     async def _agree(
         self, calls: "list[ray.ObjectRef[Any]]", block: Block, timeout_s: float

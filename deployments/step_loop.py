@@ -51,7 +51,7 @@ class StepLoop:
         self.config = config
         self.times = StepTimes()
         self.traffic = TrafficCounters()
-        self.num_taken = 0
+        self.num_taken = self.num_made = 0
         self.held: dict[str, Held] = {}
         self.under_way: dict[str, Step] = {}
         self.tasks: set[asyncio.Task[None]] = set()
@@ -96,6 +96,7 @@ class StepLoop:
         await self.ready.wait()
         self.check_health()
         shape = await self.group.shape(work.request, num_texts)
+        batch = await self.group.batch(work.request)
         state = await self.group.start(work.request, kept)
         first_step = state.step
         saved = await asyncio.to_thread(self.checkpoints.load, work.job_id, work.request)
@@ -125,6 +126,7 @@ class StepLoop:
             state=state,
             state_ref=ray.put(state),
             first_step=first_step,
+            batch=None if batch is None else (work.request.model, batch),
         )
 
     def _plans(self, shape: StepShape) -> dict[int, ParallelPlan]:
@@ -163,12 +165,13 @@ class StepLoop:
         ]
         tasks = [self._describe(held) for held in waiting]
         by_id = {held.id: held for held in waiting}
-        under_way = list(self.under_way.values())
+        under_way = list({step.task_id: step for step in self.under_way.values()}.values())
         for step in next_steps(
             time.monotonic(), self.group.size, tasks, under_way, self.config.scheduler
         ):
-            self.under_way[step.task_id] = step
-            self._spawn(self._make(by_id[step.task_id], step, self.group.generation))
+            together = [by_id[task_id] for task_id in (step.task_id, *step.batched)]
+            self.under_way |= {held.id: step for held in together}
+            self._spawn(self._make(together, step, self.group.generation))
 
     def _describe(self, held: Held) -> Task:
         return Task(
@@ -183,39 +186,36 @@ class StepLoop:
             },
             value=held.urgency.value,
             block=held.block,
+            batch=held.batch,
         )
 
-    async def _make(self, held: Held, step: Step, generation: int) -> None:
-        """One step of a request, and what follows from it."""
-        plan = held.plans[step.block.size]
+    async def _make(self, together: list[Held], step: Step, generation: int) -> None:
+        """One step of one request or of several, and what follows from it."""
+        first = together[0]
+        plan = first.plans[step.block.size]
         began_s = time.monotonic()
         try:
             if generation != self.group.generation or not self.ready.is_set():
                 return  # it broke before this began
             made = await self.group.step(
-                held.work.request,
-                held.conditioning,
-                held.state_ref,
+                [held.part for held in together],
                 plan,
                 step.block,
-                self._limit_s(held, plan),
+                self._limit_s(first, plan) * len(together),
             )
         except GroupBroken as error:
             cause = getattr(error.__cause__, "cause", None)
             if isinstance(cause, OutOfMemory):  # of one rank, for which the others wait
-                held.fail(cause)
-            self._break(generation, error, [held])
-        except RayError as error:  # what the request's own step raised, on every rank
+                _fail_all(together, cause)
+            self._break(generation, error, together)
+        except RayError as error:  # what the step itself raised, on every rank
             cause = getattr(error, "cause", None)
-            held.fail(cause if isinstance(cause, OutOfMemory) else error)
+            _fail_all(together, cause if isinstance(cause, OutOfMemory) else error)
         else:
-            self._note(held, step, plan, made, time.monotonic() - began_s)
-            if held.steps_left:
-                held.moments.put_nowait(held.moment())
-            else:
-                self._spawn(self._finish(held))
+            self._note(together, step, plan, made, time.monotonic() - began_s)
         finally:
-            self.under_way.pop(held.id)
+            for held in together:
+                del self.under_way[held.id]
             self._dispatch()
 
     def _limit_s(self, held: Held, plan: ParallelPlan) -> float:
@@ -227,18 +227,28 @@ class StepLoop:
         expected_s = self._expect(model, held.shape, plan)
         return max(hang.least_s, hang.factor * expected_s)
 
-    def _note(self, held: Held, step: Step, plan: ParallelPlan, made: Made, took_s: float) -> None:
+    def _note(
+        self, together: list[Held], step: Step, plan: ParallelPlan, made: Made, took_s: float
+    ) -> None:
+        """Remember the time, if it is one request's, and the states; tell whoever waits."""
         self.traffic.add(made.traffic)
-        predicted_s = self._predict(held.shape, plan)
-        model = held.work.request.model
-        self.times.observe(model, held.shape, plan.degree, predicted_s=predicted_s, took_s=took_s)
-        held.state, held.state_ref, held.block = made.state, made.state_ref, step.block
-        held.unsaved_s += took_s
-        held.unsaved_steps += 1
-        if self._save_is_due(held, took_s):
-            held.unsaved_s, held.unsaved_steps = 0.0, 0
-            held.saved = True
-            held.saving = self._spawn(self._save(held, held.state, plan))
+        self.num_made += 1
+        model, shape = together[0].work.request.model, together[0].shape
+        if len(together) == 1:
+            predicted_s = self._predict(shape, plan)
+            self.times.observe(model, shape, plan.degree, predicted_s=predicted_s, took_s=took_s)
+        for held, state, reference in zip(together, made.states, made.references, strict=True):
+            held.state, held.state_ref, held.block = state, reference, step.block
+            held.unsaved_s += took_s
+            held.unsaved_steps += 1
+            if self._save_is_due(held, took_s):
+                held.unsaved_s, held.unsaved_steps = 0.0, 0
+                held.saved = True
+                held.saving = self._spawn(self._save(held, state, plan))
+            if held.steps_left:
+                held.moments.put_nowait(held.moment())
+            else:
+                self._spawn(self._finish(held))
 
     async def _finish(self, held: Held) -> None:
         """Hand over the latents; a checkpoint that is being written is there by then."""
@@ -317,3 +327,8 @@ class StepLoop:
         if not task.cancelled() and (error := task.exception()):
             logger.error("the step loop has failed", exc_info=error)
             self.failure = error
+
+
+def _fail_all(together: list[Held], error: Exception) -> None:
+    for held in together:
+        held.fail(error)

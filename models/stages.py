@@ -1,6 +1,6 @@
 """The contract between the stages, and the one place that knows which file runs a family."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -48,6 +48,19 @@ class Denoiser(Protocol):
         self, request: VideoRequest, conditioning: Conditioning, state: DenoiseState
     ) -> DenoiseState:
         """One step on."""
+        ...
+
+    def batch(self, request: VideoRequest) -> Hashable | None:
+        """Requests of the same may make their steps in one, by step_all; None: alone."""
+        ...
+
+    def step_all(
+        self,
+        requests: Sequence[VideoRequest],
+        conditionings: Sequence[Conditioning],
+        states: Sequence[DenoiseState],
+    ) -> list[DenoiseState]:
+        """One step on of each, in one pass of the model, by one rank alone."""
         ...
 
 

@@ -5,9 +5,9 @@ frame's clean latent is held in place at every step, as the model was trained.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -96,6 +96,14 @@ class ZImageVideoEncoder:
         return normalised
 
 
+class Row(NamedTuple):
+    """What the transformer sees at once: latents [C, F, H, W], a time 0..1, a text [N, D]."""
+
+    latents: Tensor
+    time: float
+    text: NDArray[np.float32]
+
+
 class ZImageVideoDenoiser:
     """Flow matching with classifier-free guidance: negative + g * (positive - negative)."""
 
@@ -155,19 +163,55 @@ class ZImageVideoDenoiser:
         mixed = (1.0 - sigma) * source + sigma * noise
         return DenoiseState(mixed, first, request.num_steps, generator.get_state())
 
-    @torch.inference_mode()
     def step(
         self, request: VideoRequest, conditioning: Conditioning, state: DenoiseState
     ) -> DenoiseState:
         """One Euler step."""
-        scheduler = self._schedule(request)
-        scheduler.set_begin_index(state.step)
-        timestep = scheduler.timesteps[state.step]
-        latents = _hold_start_frame(state.latents, conditioning)
-        velocity = self._predict(request, conditioning, latents, 1.0 - float(timestep) / 1000.0)
-        latents = scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
-        latents = _hold_start_frame(latents, conditioning)
-        return replace(state, latents=latents, step=state.step + 1)
+        return self.step_all([request], [conditioning], [state])[0]
+
+    def batch(self, request: VideoRequest) -> Hashable:
+        """The size of the latents and of their patches; texts may differ in length."""
+        return (*self._latent_size(request), request.f_patch_size)
+
+    @torch.inference_mode()
+    def step_all(
+        self,
+        requests: Sequence[VideoRequest],
+        conditionings: Sequence[Conditioning],
+        states: Sequence[DenoiseState],
+    ) -> list[DenoiseState]:
+        """One Euler step of each; one rank makes all of their texts as one batch.
+
+        Several ranks take one request, and each text by itself, without padding.
+        """
+        held, rows = [], []
+        for request, conditioning, state in zip(requests, conditionings, states, strict=True):
+            scheduler = self._schedule(request)
+            scheduler.set_begin_index(state.step)
+            timestep = scheduler.timesteps[state.step]
+            latents = _hold_start_frame(state.latents, conditioning)
+            held.append((scheduler, timestep, latents))
+            time = 1.0 - float(timestep) / 1000.0
+            rows += [Row(latents[0], time, text) for text in _texts(conditioning)]
+        f_patch_size = requests[0].f_patch_size
+        if self.mesh.degree == 1:
+            outputs = self._predict(rows, f_patch_size)
+        else:
+            outputs = predict_each(
+                self.mesh.guidance, rows, lambda row: self._predict([row], f_patch_size)[0]
+            )
+        made = []
+        for request, conditioning, state, (scheduler, timestep, latents) in zip(
+            requests, conditionings, states, held, strict=True
+        ):
+            velocity = outputs.pop(0)[None].float()
+            if conditioning.negative is not None:
+                negative = outputs.pop(0)[None].float()
+                velocity = negative + request.guidance_scale * (velocity - negative)
+            latents = scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
+            latents = _hold_start_frame(latents, conditioning)
+            made.append(replace(state, latents=latents, step=state.step + 1))
+        return made
 
     def _latent_size(self, request: VideoRequest) -> tuple[int, int, int]:
         """Latent frames, height and width."""
@@ -184,34 +228,17 @@ class ZImageVideoDenoiser:
         scheduler.set_timesteps(request.num_steps, device=self.device)
         return scheduler
 
-    def _predict(
-        self, request: VideoRequest, conditioning: Conditioning, latents: Tensor, time: float
-    ) -> Tensor:
-        """One rank runs both texts as one batch; several, each text by itself, without padding."""
-        arrays = [conditioning.positive]
-        if conditioning.negative is not None:
-            arrays.append(conditioning.negative)
-        texts = [torch.tensor(text, dtype=self.dtype, device=self.device) for text in arrays]
-
-        def transform(texts: list[Tensor]) -> list[Tensor]:
-            outputs: list[Tensor] = self.transformer(
-                [latents[0].to(self.dtype)] * len(texts),
-                torch.full((len(texts),), time, device=self.device),
-                texts,
-                patch_size=PATCH_SIZE,
-                f_patch_size=request.f_patch_size,
-                return_dict=False,
-            )[0]
-            return outputs
-
-        if self.mesh.degree == 1:
-            outputs = transform(texts)
-        else:
-            outputs = predict_each(self.mesh.guidance, texts, lambda text: transform([text])[0])
-        if len(outputs) == 1:
-            return outputs[0][None].float()
-        positive, negative = (output[None].float() for output in outputs)
-        return negative + request.guidance_scale * (positive - negative)
+    def _predict(self, rows: Sequence[Row], f_patch_size: int) -> list[Tensor]:
+        """The velocity [C, F, H, W] of each row."""
+        outputs: list[Tensor] = self.transformer(
+            [row.latents.to(self.dtype) for row in rows],
+            torch.tensor([row.time for row in rows], device=self.device),
+            [torch.tensor(row.text, dtype=self.dtype, device=self.device) for row in rows],
+            patch_size=PATCH_SIZE,
+            f_patch_size=f_patch_size,
+            return_dict=False,
+        )[0]
+        return list(outputs)
 
 
 class ZImageVideoDecoder:
@@ -278,6 +305,12 @@ def _latent_statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
         torch.tensor(vae.config.latents_mean, device=vae.device).view(shape),
         torch.tensor(vae.config.latents_std, device=vae.device).view(shape),
     )
+
+
+def _texts(conditioning: Conditioning) -> list[NDArray[np.float32]]:
+    """Positive, then negative if there is guidance."""
+    texts = [conditioning.positive]
+    return texts if conditioning.negative is None else [*texts, conditioning.negative]
 
 
 def _hold_start_frame(latents: Tensor, conditioning: Conditioning) -> Tensor:

@@ -1,6 +1,7 @@
-"""A denoiser over two nodes, a rank on each: what crosses is a ring, and either node may go.
+"""Denoisers without the rest of the chain, on a local cluster of two nodes.
 
-It serves two models and has memory for one.
+The first has a rank on each, so that what crosses is a ring, and serves two models with memory for
+one. The second has one rank and makes the steps of several requests in one.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve.handle import DeploymentHandle
 
+from autoscaling.step_scheduler import StepSchedulerConfig
 from autoscaling.tiers import GpuTier
 from deployments.checkpoints import checkpoint_key
 from deployments.config import DenoiserConfig, TierConfig
@@ -87,6 +89,20 @@ def denoiser(nodes: Cluster, model: Model, store: LocalObjectStore) -> Deploymen
     serve.start(proxy_location="Disabled")
     models = [model, replace(model, id="other")]
     return serve.run(deployment.bind(models, store, tier), name="nodes", route_prefix=None)
+
+
+@pytest.fixture(scope="module")
+def batching(nodes: Cluster, model: Model, store: LocalObjectStore) -> DeploymentHandle[Any]:
+    config = DenoiserConfig(scheduler=StepSchedulerConfig(max_batch=2))
+    tier = TierConfig(tier=GpuTier.LOCAL, torch_threads=1, denoiser=config)
+    deployment = serve.deployment()(Denoiser).options(
+        name="Batching",
+        max_ongoing_requests=4,
+        ray_actor_options={"num_cpus": 0.01},
+        placement_group_bundles=[{"CPU": 0.01}, {"CPU": 0.05}],
+        placement_group_strategy="PACK",
+    )
+    return serve.run(deployment.bind([model], store, tier), name="batching", route_prefix=None)
 
 
 @pytest.fixture
@@ -186,3 +202,22 @@ def test_a_model_in_use_makes_room_only_when_its_request_has_left(
     assert np.array_equal(latents, expected)
     *_, last = begun[0]
     assert np.array_equal(np.asarray(ray.get(last.latents)), expected)
+
+
+def test_requests_alike_make_their_steps_in_one(
+    batching: DeploymentHandle[Any], request_: VideoRequest, conditioning: Conditioning
+) -> None:
+    handle: Any = batching.options(method_name="denoise", stream=True)
+    describe: Any = batching.options(method_name="describe")
+    alone, _ = run(batching, "alone", request_, conditioning)
+    before = describe.remote().result()["steps_made"]
+    assert before == NUM_STEPS
+    streams = [
+        handle.remote(DenoiseWork(f"together {n}", 3, 0.0, request_), conditioning)
+        for n in range(2)
+    ]
+    for stream in streams:
+        *_, last = stream
+        assert last.step == last.num_made == NUM_STEPS
+        assert np.abs(np.asarray(ray.get(last.latents)) - alone).max() < 1e-4
+    assert before + NUM_STEPS <= describe.remote().result()["steps_made"] < before + 2 * NUM_STEPS

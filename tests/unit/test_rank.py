@@ -16,6 +16,7 @@ from models.request import VideoRequest
 from models.stages import load_denoiser, load_encoder
 from models.tensors import Conditioning, ParkedState
 from parallel.plan import ParallelPlan
+from parallel.traffic import Traffic
 
 ONE = ParallelPlan()
 SPARE_BYTES = 96 << 20
@@ -27,18 +28,25 @@ def make_rank(model: Model) -> Rank:
     return rank
 
 
+def step(
+    rank: Rank, request: VideoRequest, conditioning: Conditioning, state: ParkedState
+) -> tuple[Traffic, ParkedState]:
+    traffic, after = rank.step(ONE, (0,), [request], conditioning, state)
+    assert isinstance(traffic, Traffic)
+    assert isinstance(after, ParkedState)
+    return traffic, after
+
+
 def test_steps_with_no_memory_of_the_last_end_in_the_same_bits(
     model: Model, a_request: Callable[..., VideoRequest]
 ) -> None:
     request = a_request()
     conditioning = load_encoder(model).encode(request, None)
     *_, last = denoise(load_denoiser(model), request, conditioning)
-    state: ParkedState | None = make_rank(model).start(request, conditioning)
+    state = make_rank(model).start(request, conditioning)
     for _ in range(request.num_steps):
-        assert state is not None
-        traffic, state = make_rank(model).step(request, conditioning, state, ONE, (0,))
+        traffic, state = step(make_rank(model), request, conditioning, state)
         assert traffic.calls == {}
-    assert state is not None
     assert np.array_equal(state.latents, last.latents.numpy())
 
 
@@ -50,18 +58,17 @@ def _run_out_of_memory(_rank: int, folder: Path) -> tuple[str, list[int]]:
     small = model.resolve({"prompt": "x", "num_steps": 2, "seed": 1, "guidance_scale": 1.0})
     large = small.model_copy(update={"num_frames": 129, "width": 1024, "height": 1024})
     begun = rank.start(small, conditioning)
-    rank.step(small, conditioning, begun, ONE, (0,))  # whatever is taken once, is taken now
+    rank.step(ONE, (0,), [small], conditioning, begun)  # whatever is taken once, is taken now
     state = rank.start(large, conditioning)
     taken = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (taken + SPARE_BYTES, resource.RLIM_INFINITY))
     try:
-        rank.step(large, conditioning, state, ONE, (0,))
+        rank.step(ONE, (0,), [large], conditioning, state)
     except OutOfMemory as error:
         told = str(error)
     else:
         told = "nothing"
-    _, after = rank.step(small, conditioning, begun, ONE, (0,))
-    assert after is not None
+    _, after = step(rank, small, conditioning, begun)
     return told, list(after.latents.shape)
 
 
@@ -79,4 +86,29 @@ def test_other_faults_are_not_taken_for_a_lack_of_memory(
     rank = make_rank(model)
     state = rank.start(request, narrow)
     with pytest.raises(RuntimeError, match="must match the size"):
-        rank.step(request, narrow, state, ONE, (0,))
+        rank.step(ONE, (0,), [request], narrow, state)
+
+
+def test_requests_that_share_a_step_differ_only_by_rounding(
+    model: Model, a_request: Callable[..., VideoRequest]
+) -> None:
+    """Their texts, seeds, guidance and steps differ; one of them has no guidance."""
+    requests = [
+        a_request(prompt="a red circle moving to the right, slowly", seed=1),
+        a_request(prompt="x", seed=2, guidance_scale=1.0),
+        a_request(prompt="a box", seed=3, guidance_scale=4.0, num_steps=5),
+    ]
+    encoder, rank = load_encoder(model), make_rank(model)
+    conditionings = [encoder.encode(request, None) for request in requests]
+    states = [rank.start(*pair) for pair in zip(requests, conditionings, strict=True)]
+    _, states[2] = step(rank, requests[2], conditionings[2], states[2])
+    _, *together = rank.step(ONE, (0,), requests, *conditionings, *states)
+    for request, conditioning, state, shared in zip(
+        requests, conditionings, states, together, strict=True
+    ):
+        _, alone = step(rank, request, conditioning, state)
+        assert isinstance(shared, ParkedState)
+        assert shared.step == alone.step == state.step + 1
+        assert np.abs(shared.latents - alone.latents).max() < 1e-5
+    assert len({request_batch for request_batch in map(rank.batch, requests)}) == 1
+    assert rank.batch(a_request(width=80)) != rank.batch(requests[0])

@@ -235,3 +235,26 @@ def test_a_task_stays_where_it_was() -> None:
 def test_a_task_that_fits_nowhere_is_refused() -> None:
     with pytest.raises(ValueError, match=r"task t runs at \[4\] of 2 ranks"):
         next_steps(0.0, 2, [make_task("t", step_s={4: 1.0})], [], CONFIG)
+
+
+def test_those_alike_join_a_step_and_no_others() -> None:
+    config = CONFIG.model_copy(update={"max_batch": 3})
+    alike = [on_one_gpu(f"a{n}", deadline_s=100.0 + n, batch="square") for n in range(5)]
+    other = on_one_gpu("other", deadline_s=101.5, batch="wide")
+    alone = on_one_gpu("alone", deadline_s=102.5)
+    (step,) = next_steps(0.0, 1, [*alike, other, alone], [], config)
+    assert (step.task_id, step.batched, step.ends_s) == ("a0", ("a1", "a2"), 3.0)
+    steps = next_steps(0.0, 2, [*alike, other, alone], [], config)
+    assert [(step.task_id, step.batched) for step in steps] == [
+        ("a0", ("a2", "a3")),
+        ("a1", ("a4",)),
+    ]
+    steps = next_steps(0.0, 1, [*alike, other, alone], [], CONFIG)
+    assert [step.batched for step in steps] == [()]
+
+
+def test_a_shared_step_takes_nobody_along() -> None:
+    config = CONFIG.model_copy(update={"max_batch": 3})
+    pair = [make_task(f"a{n}", step_s={2: 1.0}, batch="square") for n in range(2)]
+    (step,) = next_steps(0.0, 2, pair, [], config)
+    assert step.batched == ()
