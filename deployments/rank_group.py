@@ -21,6 +21,7 @@ from parallel.traffic import Traffic
 
 # How long the fellows of a rank that failed may take to fail too.
 FELLOWS_S = 2.0
+AGAIN_S = 1.0
 
 
 class GroupBroken(Exception):
@@ -99,15 +100,27 @@ class RankGroup:
     async def form(self) -> None:
         """End what there is and start a new generation; GroupBroken says why it does not form."""
         self.end()
-        self.generation += 1
-        self.ranks = [self._spawn(index) for index in range(self.size)]
         try:
             async with asyncio.timeout(self.form_timeout_s):
-                await self._take_seats()
-                await self._meet()
+                while not await self._has_formed():
+                    await asyncio.sleep(AGAIN_S)
         except (RayError, TimeoutError, SeatsUneven) as error:
             self.end()
             raise GroupBroken(f"generation {self.generation} did not form: {error!r}") from error
+
+    async def _has_formed(self) -> bool:
+        """False if a rank died for no fault of its own: its node is lost and Ray will notice."""
+        self.generation += 1
+        self.ranks = [self._spawn(index) for index in range(self.size)]
+        try:
+            await self._take_seats()
+            await self._meet()
+        except RayActorError as error:
+            if error.actor_init_failed:
+                raise
+            self.end()
+            return False
+        return True
 
     def end(self) -> None:
         """Kill every rank."""
@@ -179,7 +192,8 @@ class RankGroup:
 
     async def batch(self, request: VideoRequest) -> Hashable | None:
         """What requests have in common that may make a step in one."""
-        return await self.ranks[0].batch.remote(request)  # type: ignore[no-any-return]
+        batch: Hashable | None = await self.ranks[0].batch.remote(request)
+        return batch
 
     async def step(
         self, parts: list[Part], plan: ParallelPlan, block: Block, timeout_s: float

@@ -29,6 +29,7 @@ from jobs.store import (
     list_jobs,
     mark_deleted,
     mark_purged,
+    move,
     purgeable,
     record,
     request_cancel,
@@ -326,3 +327,20 @@ def test_what_the_pipeline_writes_outlives_a_connection(engine: Engine, alice: A
     ended.clear()
     with pytest.raises(OperationalError):
         asyncio.run(retry_while_away(act, for_s=-1.0))
+
+
+def test_a_job_is_moved_to_another_tier_by_its_holder_alone(
+    engine: Engine, an_account: AnAccount, a_job: AJob
+) -> None:
+    job = a_job(an_account())
+    lease_now(engine)
+    with engine.begin() as connection, pytest.raises(LeaseLost):
+        move(connection, job.id, "another", "a100")
+    with engine.begin() as connection:
+        move(connection, job.id, "me", "a100")
+        assert lease(connection, "me", ["local"], 1000) is None
+        moved = lease(connection, "next", ["a100"], 1000)
+    assert moved is not None
+    assert (moved.id, moved.attempt, moved.reservation_id) == (job.id, 2, job.reservation_id)
+    with engine.begin() as connection, pytest.raises(LeaseLost):
+        move(connection, job.id, "me", "local")

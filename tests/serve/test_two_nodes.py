@@ -31,7 +31,7 @@ from models.stages import load_denoiser, load_encoder
 from models.tensors import Conditioning
 from parallel.plan import ParallelPlan
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, pytest.mark.long]
 
 STORE_BYTES = 100 << 20
 NUM_STEPS = 12
