@@ -1,8 +1,8 @@
 """What each fault costs a video on two ranks: how soon it is found, and what is made again.
 
-`detect`: from the fault until the rest of the broken group has ended. `resume`: from the fault to
-the next step that the owner is told of. A hang is found by the time that steps take, everything
-else by the death of a process.
+`detect`: from the fault until another rank of the broken group has ended, which must not go on.
+`pause`: the longest time between two steps that the owner is told of. `again`: steps that were told
+twice. A hang is found by the time that steps take, everything else by the death of a process.
 """
 
 import argparse
@@ -13,14 +13,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
+from sqlalchemy import text
 
 from bench.clusters import CHECKPOINT_STEPS, Cluster, add_pair, running_cluster, shipped_config
 from bench.machine import describe_machine
+from deployments.database import open_database, reader
 from training.random_checkpoint import write_random_checkpoint
 
 NUM_STEPS = 40
@@ -46,7 +49,7 @@ def kill_rank(cluster: Cluster) -> list[psutil.Process]:
 def stop_rank(cluster: Cluster) -> list[psutil.Process]:
     stopped, *others = cluster.ranks("t4")
     stopped.suspend()
-    return [stopped, *others]
+    return others
 
 
 def kill_replica(deployment: str) -> Callable[[Cluster], list[psutil.Process]]:
@@ -78,7 +81,7 @@ class Recovery:
 
     fault: str
     detect_s: float | None
-    resume_s: float
+    pause_s: float
     steps_recomputed: int
     bit_equal: bool
 
@@ -122,12 +125,9 @@ class Bench:
     def recover(self, fault: Fault, expected: str) -> Recovery:
         """The video with a fault."""
         video_id = self.cluster.client.create(FIELDS)["id"]
-        steps: list[int] = []
         for event in self.cluster.client.follow(video_id):
-            if _is_step(event.data):
-                steps.append(event.data["step"])
-                if event.data["step"] >= AT_STEP:
-                    break
+            if _is_step(event.data) and event.data["step"] >= AT_STEP:
+                break
         left = fault.act(self.cluster)
         began_s = time.monotonic()
         detect_s = None
@@ -136,16 +136,24 @@ class Bench:
             detect_s = time.monotonic() - began_s
         if not self.cluster.process.is_running():
             self.start()
-        seen = len(steps)
-        steps.clear()
-        resume_s = 0.0
-        for event in self.cluster.client.follow(video_id):
-            if _is_step(event.data):
-                steps.append(event.data["step"])
-                if len(steps) > seen and not resume_s:
-                    resume_s = time.monotonic() - began_s
-        again = len(steps) - NUM_STEPS
-        return Recovery(fault.name, detect_s, resume_s, again, self.content(video_id) == expected)
+        for _ in self.cluster.client.follow(video_id):
+            pass
+        told = self.steps(video_id)
+        pause_s = max(after - before for (_, before), (_, after) in pairwise(told))
+        again = len(told) - len({step for step, _ in told})
+        return Recovery(fault.name, detect_s, pause_s, again, self.content(video_id) == expected)
+
+    def steps(self, video_id: str) -> list[tuple[int, float]]:
+        """The steps that were told, and when, in seconds by the database's clock."""
+        engine = open_database(f"sqlite:///{self.folder / 'home' / 'mutoscope.db'}")
+        query = text(
+            "SELECT step, created_at_ms FROM job_events "
+            "WHERE job_id = :id AND phase = 'denoise' AND step > 0 ORDER BY seq"
+        )
+        with reader(engine).begin() as connection:
+            rows = connection.execute(query, {"id": video_id}).all()
+        engine.dispose()
+        return [(row.step, row.created_at_ms / 1000) for row in rows]
 
 
 def _is_step(data: dict[str, Any]) -> bool:
@@ -161,11 +169,11 @@ def main() -> None:
         with bench.ending:
             expected = bench.undisturbed()
             found = [bench.recover(fault, expected) for fault in FAULTS]
-    print(f"{'':22}{'detect s':>9}{'resume s':>9}{'steps again':>12}{'bit-equal':>10}")
+    print(f"{'':22}{'detect s':>9}{'pause s':>9}{'again':>12}{'bit-equal':>10}")
     for recovery in found:
         detect = "-" if recovery.detect_s is None else f"{recovery.detect_s:.2f}"
         print(
-            f"{recovery.fault:22}{detect:>9}{recovery.resume_s:9.1f}"
+            f"{recovery.fault:22}{detect:>9}{recovery.pause_s:9.1f}"
             f"{recovery.steps_recomputed:12}{'yes' if recovery.bit_equal else 'NO':>10}"
         )
     print(f"a checkpoint every {CHECKPOINT_STEPS} steps; a hang is one after {HANG_S} s at least")
