@@ -60,6 +60,9 @@ bench: setup
 	$(BIN)/python -m bench.prompt_adherence
 	$(BIN)/python -m bench.cluster_tax
 	$(BIN)/python -m bench.ledger_contention
+	$(BIN)/python -m bench.denoise_shards
+	$(BIN)/python -m bench.recovery
+	$(BIN)/python -m bench.preemption
 	$(BIN)/python -m bench.parallel_plans
 	$(BIN)/python -m bench.money_simulation --seeds 5
 	$(BIN)/python -m bench.money_simulation --seeds 5 --database postgresql

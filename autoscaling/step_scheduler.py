@@ -8,7 +8,7 @@ keeps its state and loses nothing but time.
 
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pydantic import BaseModel, Field
@@ -103,10 +103,7 @@ def next_steps(
     tasks: those at a step boundary; one whose step is under way is not among them. ValueError if a
     task has no degree that num_ranks allows.
     """
-    tasks = list(tasks)
-    for task in tasks:
-        if not any(degree <= num_ranks for degree in task.step_s):
-            raise ValueError(f"task {task.id} runs at {sorted(task.step_s)} of {num_ranks} ranks")
+    tasks = [_fitted(task, num_ranks) for task in tasks]
     board = _Board(now_s, num_ranks, under_way, config)
     express = [task for task in tasks if task.express_from_s <= now_s]
     in_time = guaranteed(now_s, num_ranks, tasks, config)
@@ -125,6 +122,14 @@ def next_steps(
     return board.steps()
 
 
+def _fitted(task: Task, num_ranks: int) -> Task:
+    """The task with no degree but those that there are ranks for."""
+    step_s = {degree: step_s for degree, step_s in task.step_s.items() if degree <= num_ranks}
+    if not step_s:
+        raise ValueError(f"task {task.id} runs at {sorted(task.step_s)} of {num_ranks} ranks")
+    return replace(task, step_s=step_s)
+
+
 def guaranteed(
     now_s: float, num_ranks: int, tasks: Iterable[Task], config: StepSchedulerConfig
 ) -> list[Task]:
@@ -136,11 +141,7 @@ def guaranteed(
     total = 0.0
     for task in sorted(tasks, key=_by_deadline):
         left_s = task.deadline_s - now_s
-        works = [
-            task.work(degree)
-            for degree in task.step_s
-            if degree <= num_ranks and task.seconds(degree) <= left_s
-        ]
+        works = [task.work(degree) for degree in task.step_s if task.seconds(degree) <= left_s]
         if not works:
             continue
         kept.append((task, min(works)))
@@ -244,8 +245,8 @@ class _Board:
 
     def _degrees(self, task: Task, below: int | None = None) -> Iterator[int]:
         """The task's, largest first."""
-        limit = self.num_ranks if below is None else below - 1
-        return (size for size in sorted(task.step_s, reverse=True) if size <= limit)
+        sizes = sorted(task.step_s, reverse=True)
+        return (size for size in sizes if below is None or size < below)
 
     def _free_block(self, task: Task, size: int) -> Block | None:
         """Where it ran before, else where it breaks up least of what is free."""
@@ -284,7 +285,7 @@ class _Board:
         """Whether the task's block could be made twice as large, which it then is."""
         block = self.placed[task.id][1]
         size = 2 * block.size
-        if size > self.num_ranks or size not in task.step_s:
+        if size not in task.step_s:
             return False
         smallest = min(task.step_s)
         efficiency = task.step_s[smallest] * smallest / (task.step_s[size] * size)

@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,9 @@ import psutil
 import yaml
 
 from client.client import Client, Server
+from deployments.database import open_database, reader
+from jobs.events import events_after
+from jobs.job import JobEvent, JobId, Phase
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_S = 20.0
@@ -53,6 +58,22 @@ class Cluster:
         assert replicas, f"no process of {deployment} found"
         for process in replicas:
             process.kill()
+
+    def events(self, video_id: str) -> list[JobEvent]:
+        """What its database was told of a video."""
+        engine = open_database(f"sqlite:///{self.home / 'mutoscope.db'}")
+        with reader(engine).begin() as connection:
+            events = events_after(connection, JobId(video_id), 0)
+        engine.dispose()
+        return events
+
+    def steps(self, video_id: str) -> list[tuple[int, float]]:
+        """Its denoise steps, 0 where it began, and when they were told, in seconds since 1970."""
+        return [
+            (event.progress.step, event.created_at_ms / 1000)
+            for event in self.events(video_id)
+            if event.progress.phase is Phase.DENOISE
+        ]
 
     def kill_all(self) -> None:
         """SIGKILL everything at once."""
@@ -103,6 +124,8 @@ def running_cluster(config: Path, home: Path) -> Iterator[Cluster]:
             if "ready" not in process.stdout.readline():
                 process.terminate()
                 raise RuntimeError(process.stderr.read())
+            for pipe in (process.stdout, process.stderr):  # one that is full stops its writer
+                threading.Thread(target=deque, args=(pipe, 0), daemon=True).start()
             server = Server(f"http://127.0.0.1:{port}", (home / "api_key").read_text())
             with Client(server) as client:
                 yield Cluster(psutil.Process(process.pid), server, home, client)

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from sqlalchemy import text
 
 from bench.clusters import Cluster, running_cluster, shipped_config
 from bench.machine import describe_machine
 from client.client import Client, Server
 from credits.plans import Plan
-from deployments.database import open_database, reader
 from training.random_checkpoint import write_random_checkpoint
 
 SLOW = {"prompt": "x", "num_steps": 30, "num_frames": 29, "size": "128x128", "seed": 1}
@@ -48,15 +46,7 @@ class Steps:
 
 
 def read_steps(cluster: Cluster, video_id: str) -> Steps:
-    engine = open_database(f"sqlite:///{cluster.home / 'mutoscope.db'}")
-    query = text(
-        "SELECT step, created_at_ms FROM job_events "
-        "WHERE job_id = :id AND phase = 'denoise' ORDER BY seq"
-    )
-    with reader(engine).begin() as connection:
-        rows = connection.execute(query, {"id": video_id}).all()
-    engine.dispose()
-    times = [row.created_at_ms / 1000 for row in rows]
+    times = [at_s for _, at_s in cluster.steps(video_id)]
     return Steps(times[0], times[1:])
 
 

@@ -199,17 +199,24 @@ class VideoPipeline:
 
     async def _run(self, job: Job) -> None:
         """Run one job to its end and settle it; a lost lease leaves it to its new holder."""
-        done = WorkDone()
         try:
-            ending = await self._run_to_ending(job, done)
-            await self._while_held(functools.partial(self._settle, job, done, ending))
-        except OutOfMemory as error:
-            logger.warning("job %s goes to tier %s: %s", job.id, self.larger[job.tier], error)
-            await self._while_held(functools.partial(self._move, job.id, self.larger[job.tier]))
+            await self._run_and_settle(job)
         except (LeaseLost, AlreadySettled):
             logger.warning("job %s: the lease is lost", job.id)
         except OperationalError:
             logger.exception("job %s: the database is away, the lease must be lost", job.id)
+
+    async def _run_and_settle(self, job: Job) -> None:
+        """Or queue it for the larger tier, if its steps do not fit into this one's memory."""
+        done = WorkDone()
+        try:
+            ending = await self._run_to_ending(job, done)
+        except OutOfMemory as error:
+            tier = self.larger[job.tier]
+            logger.warning("job %s goes to tier %s: %s", job.id, tier, error)
+            await self._while_held(functools.partial(self._move, job.id, tier))
+        else:
+            await self._while_held(functools.partial(self._settle, job, done, ending))
 
     def _move(self, job_id: JobId, tier: str) -> None:
         with self.engine.begin() as connection:

@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sqlalchemy import text
 
 from bench.clusters import CHECKPOINT_STEPS, Cluster, running_cluster
 from client.client import Client, Event, Server
 from credits.plans import Plan
-from deployments.database import open_database, reader
 from tests.serve.conftest import read_mp4, until, wait_until
 
 pytestmark = pytest.mark.serve
@@ -179,17 +177,9 @@ def test_enterprise_work_overtakes_within_a_step(cluster: Cluster, tmp_path: Pat
 
 
 def _order_of_steps(cluster: Cluster, *videos: str) -> list[tuple[str, int]]:
-    """Denoise steps as the database was told of them."""
-    query = "SELECT job_id, step FROM job_events WHERE phase = 'denoise' ORDER BY rowid"
-    return [(row.job_id, row.step) for row in _rows(cluster, query) if row.job_id in videos]
-
-
-def _rows(cluster: Cluster, query: str) -> list[Any]:
-    engine = open_database(f"sqlite:///{cluster.home / 'mutoscope.db'}")
-    with reader(engine).begin() as connection:
-        rows = list(connection.execute(text(query)).all())
-    engine.dispose()
-    return rows
+    """Denoise steps as the database was told of them; at the same millisecond, the first named."""
+    told = [(at_s, video, step) for video in videos for step, at_s in cluster.steps(video)]
+    return [(video, step) for _, video, step in sorted(told, key=lambda entry: entry[0])]
 
 
 @pytest.mark.long

@@ -258,3 +258,12 @@ def test_a_shared_step_takes_nobody_along() -> None:
     pair = [make_task(f"a{n}", step_s={2: 1.0}, batch="square") for n in range(2)]
     (step,) = next_steps(0.0, 2, pair, [], config)
     assert step.batched == ()
+
+
+def test_a_degree_that_there_are_no_ranks_for_makes_nobody_look_quicker() -> None:
+    """At 8 ranks it would have 8 s to spare; at the 1 that there is, none: it goes first."""
+    hurried = make_task("hurried", deadline_s=10.5, step_s={1: 1.0, 8: 0.2})
+    busy = [Step("x", Block(0, 1), 1.0)]
+    assert next_steps(0.0, 1, [hurried, on_one_gpu("calm")], busy, CONFIG) == []
+    (step,) = next_steps(0.0, 1, [hurried, on_one_gpu("late", deadline_s=1.0)], [], CONFIG)
+    assert step.task_id == "hurried"
