@@ -1,7 +1,8 @@
 """Denoisers without the rest of the chain, on a local cluster of two nodes.
 
 The first has a rank on each, so that what crosses is a ring, and serves two models with memory for
-one. The second has one rank and makes the steps of several requests in one.
+one. The second has one rank and makes the steps of several requests in one. The third is two
+replicas of one rank, each with memory for one of two models.
 """
 
 from collections.abc import Callable, Iterator
@@ -103,6 +104,22 @@ def batching(nodes: Cluster, model: Model, store: LocalObjectStore) -> Deploymen
         placement_group_strategy="PACK",
     )
     return serve.run(deployment.bind([model], store, tier), name="batching", route_prefix=None)
+
+
+@pytest.fixture(scope="module")
+def replicas(nodes: Cluster, model: Model, store: LocalObjectStore) -> DeploymentHandle[Any]:
+    config = DenoiserConfig(model_memory_bytes=model.denoiser_bytes)
+    tier = TierConfig(tier=GpuTier.T4, torch_threads=1, denoiser=config)
+    deployment = serve.deployment()(Denoiser).options(
+        name="Replicas",
+        num_replicas=2,
+        max_ongoing_requests=4,
+        ray_actor_options={"num_cpus": 0.01},
+        placement_group_bundles=[{"CPU": 0.01}, {"CPU": 0.02}],
+        placement_group_strategy="PACK",
+    )
+    models = [model, replace(model, id="other")]
+    return serve.run(deployment.bind(models, store, tier), name="replicas", route_prefix=None)
 
 
 @pytest.fixture
@@ -221,3 +238,27 @@ def test_requests_alike_make_their_steps_in_one(
         assert last.step == last.num_made == NUM_STEPS
         assert np.abs(np.asarray(ray.get(last.latents)) - alone).max() < 1e-4
     assert before + NUM_STEPS <= describe.remote().result()["steps_made"] < before + 2 * NUM_STEPS
+
+
+def test_a_request_goes_where_its_model_is(
+    replicas: DeploymentHandle[Any], request_: VideoRequest, conditioning: Conditioning
+) -> None:
+    requests = [request_, request_.model_copy(update={"model": "other"})]
+
+    def describe(request: VideoRequest) -> dict[str, Any]:
+        handle: Any = replicas.options(method_name="describe", multiplexed_model_id=request.model)
+        found: dict[str, Any] = handle.remote().result()
+        return found
+
+    for request in requests:  # each replica comes to have one of them
+        run(replicas, f"first {request.model}", request, conditioning)
+    homes = [describe(request) for request in requests]
+    assert [home["models"] for home in homes] == [[request.model] for request in requests]
+    assert homes[0]["ranks"] != homes[1]["ranks"]
+    for turn in range(5):
+        for request in requests:
+            run(replicas, f"{turn} {request.model}", request, conditioning)
+    for request, home in zip(requests, homes, strict=True):
+        now = describe(request)
+        assert (now["models"], now["ranks"]) == (home["models"], home["ranks"])
+        assert now["steps_made"] == home["steps_made"] + 5 * NUM_STEPS

@@ -261,9 +261,10 @@ def test_a_shared_step_takes_nobody_along() -> None:
 
 
 def test_a_degree_that_there_are_no_ranks_for_makes_nobody_look_quicker() -> None:
-    """At 8 ranks it would have 8 s to spare; at the 1 that there is, none: it goes first."""
-    hurried = make_task("hurried", deadline_s=10.5, step_s={1: 1.0, 8: 0.2})
+    """Shared by 8 it would have 13 s to spare; by the 2 that there are 5 s: the free rank waits."""
+    hurried = make_task("hurried", deadline_s=15.0, step_s={2: 1.0, 8: 0.2})
     busy = [Step("x", Block(0, 1), 1.0)]
-    assert next_steps(0.0, 1, [hurried, on_one_gpu("calm")], busy, CONFIG) == []
-    (step,) = next_steps(0.0, 1, [hurried, on_one_gpu("late", deadline_s=1.0)], [], CONFIG)
-    assert step.task_id == "hurried"
+    calm = on_one_gpu("calm", deadline_s=1000.0)
+    assert next_steps(0.0, 2, [hurried, calm], busy, CONFIG) == []
+    (step,) = next_steps(0.0, 2, [replace(hurried, deadline_s=50.0), calm], busy, CONFIG)
+    assert step.task_id == "calm"
