@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from autoscaling.step_scheduler import Block
@@ -100,16 +100,24 @@ class RankGroup:
     async def form(self) -> None:
         """End what there is and start a new generation; GroupBroken says why it does not form."""
         self.end()
+        hindrance: Exception | None = None
         try:
             async with asyncio.timeout(self.form_timeout_s):
-                while not await self._has_formed():
+                while (hindrance := await self._form_once()) is not None:
                     await asyncio.sleep(AGAIN_S)
-        except (RayError, TimeoutError, SeatsUneven) as error:
+        except TimeoutError as error:
+            self.end()
+            state = placement_group_table(self.placement_group)["state"]
+            reason = f"after {self.form_timeout_s:g} s its placement group is {state}"
+            if hindrance is not None:
+                reason += f", and at last {hindrance!r}"
+            raise GroupBroken(f"generation {self.generation} did not form: {reason}") from error
+        except (RayError, SeatsUneven) as error:
             self.end()
             raise GroupBroken(f"generation {self.generation} did not form: {error!r}") from error
 
-    async def _has_formed(self) -> bool:
-        """False if a rank died for no fault of its own: its node is lost and Ray will notice."""
+    async def _form_once(self) -> RayActorError | None:
+        """What hindered it, if that may pass: a node is lost, and Ray has yet to notice."""
         self.generation += 1
         self.ranks = [self._spawn(index) for index in range(self.size)]
         try:
@@ -119,8 +127,8 @@ class RankGroup:
             if error.actor_init_failed:
                 raise
             self.end()
-            return False
-        return True
+            return error
+        return None
 
     def end(self) -> None:
         """Kill every rank."""

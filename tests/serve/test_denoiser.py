@@ -78,7 +78,7 @@ def test_two_ranks_make_the_video_of_one(
     assert np.abs(pixels["shared"] - pixels["other"]).mean() > 5
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_killed_rank_costs_no_step_and_no_bit(
     cluster: Cluster, undisturbed: Run, tmp_path: Path, rank: int
 ) -> None:
@@ -99,6 +99,7 @@ def test_a_rank_that_hangs_is_found_by_the_time_its_step_takes(
     assert not any(process.is_running() for process in stopped)
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_idle_is_replaced(
     cluster: Cluster, undisturbed: Run, tmp_path: Path
 ) -> None:
@@ -200,6 +201,7 @@ def test_everything_killed_at_once_goes_on_after_a_fresh_start(
     assert (tmp_path / "x.mp4").read_bytes() == undisturbed.content
 
 
+@pytest.mark.long
 def test_a_tile_that_is_lost_with_its_decoder_is_made_again_alone(
     cluster: Cluster, tmp_path: Path
 ) -> None:

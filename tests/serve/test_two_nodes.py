@@ -5,6 +5,7 @@ one. The second has one rank and makes the steps of several requests in one. The
 replicas of one rank, each with memory for one of two models.
 """
 
+import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,13 +17,16 @@ from numpy.typing import NDArray
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve.handle import DeploymentHandle
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from autoscaling.step_scheduler import StepSchedulerConfig
 from autoscaling.tiers import GpuTier
-from deployments.checkpoints import checkpoint_key
+from deployments.checkpoints import Checkpoints, checkpoint_key
 from deployments.config import DenoiserConfig, TierConfig
 from deployments.denoiser import Denoiser
 from deployments.messages import DenoiseWork
+from deployments.rank_group import GroupBroken, RankGroup
+from deployments.step_loop import StepLoop
 from media.object_store import LocalObjectStore
 from models.catalog import Model
 from models.checkpoint import unpack
@@ -262,3 +266,25 @@ def test_a_request_goes_where_its_model_is(
         now = describe(request)
         assert (now["models"], now["ranks"]) == (home["models"], home["ranks"])
         assert now["steps_made"] == home["steps_made"] + 5 * NUM_STEPS
+
+
+def test_a_group_that_cannot_form_again_says_why_when_its_health_is_asked(
+    nodes: Cluster, model: Model, store: LocalObjectStore
+) -> None:
+    bundles = placement_group([{"CPU": 0.01}, {"CPU": 0.02}, {"CPU": 0.02}])
+    ray.get(bundles.ready())
+    group = RankGroup("doomed", bundles, 1, form_timeout_s=60.0)
+    loop = StepLoop(group, Checkpoints(store, [model]), DenoiserConfig())
+
+    async def lose_the_bundles() -> None:
+        await loop.start()
+        loop.check_health()
+        group.form_timeout_s = 4.0
+        remove_placement_group(bundles)
+        async with asyncio.timeout(60):
+            while loop.failure is None:
+                await asyncio.sleep(0.05)
+
+    asyncio.run(lose_the_bundles())
+    with pytest.raises(GroupBroken, match="did not form: after 4 s its placement group is REMOVED"):
+        loop.check_health()
