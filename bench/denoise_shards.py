@@ -1,9 +1,10 @@
 """One rank against two of one thread each: the same step of each family, on gloo.
 
 The one-rank time is taken while an identical one-rank process runs beside it, so that both sides
-share the memory's bandwidth alike; the bare one is printed too. The prediction is `predict_step`'s
-for this machine: half of what one rank took, and the calls and bytes at the latency and speed that
-all-to-alls reach here.
+share the memory's bandwidth alike; the bare one is printed too. Each round times both, and the
+efficiency is the rounds' median, with the least and the most beside it. The prediction is
+`predict_step`'s for this machine: half of what one rank took, and the calls and bytes at the
+latency and speed that all-to-alls reach here.
 """
 
 import argparse
@@ -27,12 +28,12 @@ from parallel.plan import ParallelPlan
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Medians in seconds of one rank's steps, and what was sent and predicted."""
+    """Seconds of one rank's steps, round by round, and what was sent and predicted."""
 
-    alone_s: float
-    beside_s: float
-    shared_s: float
-    talking_s: float
+    alone_s: list[float]
+    beside_s: list[float]
+    shared_s: list[float]
+    talking_s: list[float]
     bytes_sent: int
     formula_bytes: float
     predicted: float
@@ -42,7 +43,7 @@ class Timing:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.denoise_shards", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     print(describe_machine())
     print(f"{'':15}{'alone s':>9}{'beside s':>9}{'2 ranks s':>10}{'talking':>9}", end="")
@@ -51,18 +52,20 @@ def main() -> None:
     plain, guided = 0.0, 0.0
     for name in STEPS:
         timings: list[Timing] = run_ranks(2, time_family, name, arguments.rounds)
-        beside_s = statistics.mean(timing.beside_s for timing in timings)
-        shared_s = max(timing.shared_s for timing in timings)
         first = timings[0]
-        efficiency[name] = round(beside_s / shared_s / 2, 3)
+        beside_s = [statistics.mean(s) for s in zip(*(t.beside_s for t in timings), strict=True)]
+        shared_s = [max(seconds) for seconds in zip(*(t.shared_s for t in timings), strict=True)]
+        rounds = sorted(b / s / 2 for b, s in zip(beside_s, shared_s, strict=True))
+        efficiency[name] = round(statistics.median(rounds), 3)
         predicted[name] = round(min(timing.predicted for timing in timings), 3)
         ratios += [timing.bytes_sent / timing.formula_bytes for timing in timings]
         plain = max(plain, *(timing.difference for timing in timings))
         guided = max(guided, *(timing.guided_difference for timing in timings))
         print(
-            f"{name:15}{first.alone_s:9.2f}{beside_s:9.2f}{shared_s:10.2f}"
-            f"{first.talking_s / shared_s:9.1%}{first.bytes_sent / 1e6:9.2f}"
-            f"{first.formula_bytes / 1e6:9.2f}{predicted[name]:10.1%}{efficiency[name]:11.1%}",
+            f"{name:15}{statistics.median(first.alone_s):9.2f}{statistics.median(beside_s):9.2f}"
+            f"{statistics.median(shared_s):10.2f}{sum(first.talking_s) / sum(shared_s):9.1%}"
+            f"{first.bytes_sent / 1e6:9.2f}{first.formula_bytes / 1e6:9.2f}{predicted[name]:10.1%}"
+            f"{efficiency[name]:11.1%} ({rounds[0]:.0%}..{rounds[-1]:.0%})",
             flush=True,
         )
     result = {
@@ -86,15 +89,17 @@ def time_family(rank: int, name: str, rounds: int) -> Timing:
     seconds = _clock_collectives(both)
     builder.traffic.bytes_sent.clear()
     builder.traffic.calls.clear()
-    alone, beside, together, talking = [], [], [], []
+    beside, together, talking = [], [], []
+    for turn in (0, 1):
+        step.use(single)
+        dist.barrier()
+        if turn == rank:
+            alone = [_timed(step.call) for _ in range(3)]
+        dist.barrier()
     for _ in range(rounds):
         step.use(single)
         dist.barrier()
         beside.append(_timed(step.call))
-        for turn in (0, 1):
-            dist.barrier()
-            if turn == rank:
-                alone.append(_timed(step.call))
         step.use(both)
         seconds.clear()
         dist.barrier()
@@ -104,10 +109,10 @@ def time_family(rank: int, name: str, rounds: int) -> Timing:
     exchange_s = builder.traffic.calls.total() / rounds * latency_s + sent / bytes_per_s
     beside_s = statistics.median(beside)
     return Timing(
-        alone_s=statistics.median(alone),
-        beside_s=beside_s,
-        shared_s=statistics.median(together),
-        talking_s=statistics.median(talking),
+        alone_s=alone,
+        beside_s=beside,
+        shared_s=together,
+        talking_s=talking,
         bytes_sent=sent,
         formula_bytes=step.formula_bytes,
         predicted=beside_s / (beside_s + 2 * exchange_s),

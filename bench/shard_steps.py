@@ -18,7 +18,7 @@ from parallel.sequence import SequenceSharding
 from parallel.shard import Shard, split_sizes
 
 GUIDANCE = 5.0
-NUM_FRAMES = 8
+NUM_FRAMES = 16
 TRANSFORMERS = ("z-image-video", "hunyuan-video")
 
 
@@ -113,7 +113,7 @@ def _token_step(
 
 
 def _z_image_step(mesh: Mesh) -> Step:
-    heads, head_width, layers, frames, size = 8, 64, 6, 8, 24
+    heads, head_width, layers, frames, size = 16, 64, 1, 8, 32
     case = shard_cases.z_image(
         heads=heads, head_width=head_width, num_layers=layers, frames=frames, size=size
     )
@@ -125,7 +125,7 @@ def _z_image_step(mesh: Mesh) -> Step:
 
 
 def _hunyuan_step(mesh: Mesh) -> Step:
-    heads, axes, layers, frames, size, text = 8, (16, 24, 24), 3, 8, 12, 16
+    heads, axes, layers, frames, size, text = 16, (16, 24, 24), 1, 8, 16, 16
     case = shard_cases.hunyuan(
         heads=heads, rope_axes=axes, num_layers=layers, frames=frames, size=size, text=text
     )
@@ -136,9 +136,9 @@ def _hunyuan_step(mesh: Mesh) -> Step:
 
 STEPS: dict[str, Callable[[Mesh], Step]] = {
     "animatediff": lambda mesh: frame_step(
-        shard_cases.animatediff(NUM_FRAMES, width=96, size=32), mesh
+        shard_cases.animatediff(NUM_FRAMES, width=96, size=24), mesh
     ),
-    "svd": lambda mesh: frame_step(shard_cases.svd(NUM_FRAMES, width=64, size=32), mesh),
+    "svd": lambda mesh: frame_step(shard_cases.svd(NUM_FRAMES, width=64, size=24), mesh),
     "z-image-video": _z_image_step,
     "hunyuan-video": _hunyuan_step,
 }

@@ -71,7 +71,9 @@ class FrameGroupNorm(nn.GroupNorm):
             return super().forward(hidden)
         precision = torch.promote_types(hidden.dtype, torch.float32)
         grouped = hidden.to(precision).reshape(len(hidden), self.num_groups, -1)
-        variance, mean = torch.var_mean(grouped, dim=2, correction=0)
+        # On a CPU `torch.var_mean` takes eight times as long as these two passes.
+        mean = grouped.mean(dim=2)
+        variance = (grouped - mean[..., None]).square_().mean(dim=2)
         # [R, 2, B, G]
         gathered = group.all_gather(torch.stack([mean, variance])[None], [1] * group.size, 0)
         shares = torch.tensor(frames.sizes, dtype=precision, device=hidden.device) / frames.length
@@ -79,11 +81,15 @@ class FrameGroupNorm(nn.GroupNorm):
         means, variances = gathered[:, 0], gathered[:, 1]
         mean = (shares * means).sum(0)
         variance = (shares * (variances + (means - mean) ** 2)).sum(0)
-        scale = torch.rsqrt(variance + self.eps)
-        normalised = ((grouped - mean[..., None]) * scale[..., None]).view(hidden.shape)
-        channels = (1, -1, 1, 1, 1)
-        weighted = normalised * self.weight.to(precision).view(channels)
-        return (weighted + self.bias.to(precision).view(channels)).to(hidden.dtype)
+        # One pass over the activations, in the form that torch's own kernel rounds in: [B, C].
+        per_group = self.num_channels // self.num_groups
+        scale = torch.rsqrt(variance + self.eps).repeat_interleave(per_group, dim=1) * self.weight
+        shift = self.bias - mean.repeat_interleave(per_group, dim=1) * scale
+        by_channel = grouped.view(hidden.shape)
+        normalised = torch.addcmul(
+            shift[..., None, None, None], by_channel, scale[..., None, None, None]
+        )
+        return normalised.to(hidden.dtype)
 
 
 class FrameHaloConv3d(nn.Conv3d):

@@ -28,17 +28,34 @@ class ProcessGroup:
         """Send parts[r] to rank r; what rank r sent here comes back at r, in shapes[r]."""
         if self.size == 1:
             return list(parts)
+        received = self._exchange(parts, [_numel(shape) for shape in shapes])
+        runs = torch.split(received, [_numel(shape) for shape in shapes])
+        return [run.view(*shape) for run, shape in zip(runs, shapes, strict=True)]
+
+    def all_to_all_rows(
+        self, parts: Sequence[Tensor], lengths: Sequence[int], row: Sequence[int]
+    ) -> Tensor:
+        """As `all_to_all`, where what comes differs in its first length only: [sum, *row].
+
+        Rank r sends lengths[r] rows of that shape. As they arrive they are one tensor: no copy.
+        """
+        if self.size == 1:
+            return parts[0]
+        received = self._exchange(parts, [length * _numel(row) for length in lengths])
+        return received.view(sum(lengths), *row)
+
+    def _exchange(self, parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+        """Flat: counts[r] values from rank r, in the order of ranks."""
         self.traffic.add("all_to_all", [part for r, part in enumerate(parts) if r != self.rank])
-        received = parts[0].new_empty(sum(_numel(shape) for shape in shapes))
+        received = parts[0].new_empty(sum(counts))
         dist.all_to_all_single(
             received,
             torch.cat([part.reshape(-1) for part in parts]),
-            [_numel(shape) for shape in shapes],
+            list(counts),
             [part.numel() for part in parts],
             group=self.handle,
         )
-        runs = torch.split(received, [_numel(shape) for shape in shapes])
-        return [run.view(*shape) for run, shape in zip(runs, shapes, strict=True)]
+        return received
 
     def all_gather(self, part: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
         """Every rank's part, joined along dim; sizes says how long each of them is there.

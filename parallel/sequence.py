@@ -45,15 +45,21 @@ class SequenceSharding:
             raise ValueError(f"{query.shape[2]} heads cannot be shared by {ulysses.size} ranks")
         start = ring.rank * ulysses.size
         inside = lengths[start : start + ulysses.size]
-        stacked = torch.stack([query, key, value])
         batch, width = query.shape[0], query.shape[3]
         own_heads = heads[ulysses.rank]
-        received = ulysses.all_to_all(
-            torch.split(stacked, list(heads), dim=3),
-            [(3, batch, tokens, own_heads, width) for tokens in inside],
+        # [B, N, H, D] -> of each rank [N, B, 3, H/U, D]: tokens first, so that what comes in is
+        # one sequence as it stands
+        by_heads = (torch.split(x, list(heads), dim=2) for x in (query, key, value))
+        received = ulysses.all_to_all_rows(
+            [
+                torch.stack([x.transpose(0, 1) for x in of_rank], dim=2)
+                for of_rank in zip(*by_heads, strict=True)
+            ],
+            inside,
+            (batch, 3, own_heads, width),
         )
-        # [3, B, N, H/U, D] -> 3 of [B, H/U, N, D]
-        query, key, value = torch.cat(received, dim=2).transpose(2, 3).unbind(0)
+        # [N, B, 3, H/U, D] -> 3 of [B, H/U, N, D]
+        query, key, value = received.permute(2, 1, 3, 0, 4).unbind(0)
         across = [
             sum(lengths[first : first + ulysses.size])
             for first in range(0, len(lengths), ulysses.size)
