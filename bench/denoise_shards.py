@@ -90,12 +90,11 @@ def time_family(rank: int, name: str, rounds: int) -> Timing:
     builder.traffic.bytes_sent.clear()
     builder.traffic.calls.clear()
     beside, together, talking = [], [], []
+    step.use(single)
     for turn in (0, 1):
-        step.use(single)
         dist.barrier()
         if turn == rank:
             alone = [_timed(step.call) for _ in range(3)]
-        dist.barrier()
     for _ in range(rounds):
         step.use(single)
         dist.barrier()

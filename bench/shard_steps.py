@@ -113,7 +113,7 @@ def _token_step(
 
 
 def _z_image_step(mesh: Mesh) -> Step:
-    heads, head_width, layers, frames, size = 16, 64, 1, 8, 32
+    heads, head_width, layers, frames, size = 16, 64, 1, 8, 40
     case = shard_cases.z_image(
         heads=heads, head_width=head_width, num_layers=layers, frames=frames, size=size
     )
@@ -138,7 +138,7 @@ STEPS: dict[str, Callable[[Mesh], Step]] = {
     "animatediff": lambda mesh: frame_step(
         shard_cases.animatediff(NUM_FRAMES, width=96, size=24), mesh
     ),
-    "svd": lambda mesh: frame_step(shard_cases.svd(NUM_FRAMES, width=64, size=24), mesh),
+    "svd": lambda mesh: frame_step(shard_cases.svd(NUM_FRAMES, width=96, size=20), mesh),
     "z-image-video": _z_image_step,
     "hunyuan-video": _hunyuan_step,
 }

@@ -71,7 +71,7 @@ class FrameGroupNorm(nn.GroupNorm):
             return super().forward(hidden)
         precision = torch.promote_types(hidden.dtype, torch.float32)
         grouped = hidden.to(precision).reshape(len(hidden), self.num_groups, -1)
-        # On a CPU `torch.var_mean` takes eight times as long as these two passes.
+        # On a CPU `torch.var_mean` takes several times as long as these passes.
         mean = grouped.mean(dim=2)
         variance = (grouped - mean[..., None]).square_().mean(dim=2)
         # [R, 2, B, G]
