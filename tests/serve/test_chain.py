@@ -214,10 +214,11 @@ def test_nothing_is_written_but_what_belongs_into_the_home(cluster: Cluster) -> 
     [
         "Ingress",
         "VideoPipeline",
-        "TextEncoder",
         "Denoiser-local",
-        "VaeDecoder-local",
-        "MediaEncoder",
+        # these three have nothing to do meanwhile; with work in hand they are killed below
+        pytest.param("TextEncoder", marks=pytest.mark.long),
+        pytest.param("VaeDecoder-local", marks=pytest.mark.long),
+        pytest.param("MediaEncoder", marks=pytest.mark.long),
     ],
 )
 def test_a_killed_replica_costs_neither_the_job_nor_a_second_charge(
@@ -236,7 +237,14 @@ def test_a_killed_replica_costs_neither_the_job_nor_a_second_charge(
 
 
 @pytest.mark.parametrize(
-    "deployment", ["Denoiser-local", "VaeDecoder-local", "MediaEncoder", "VideoPipeline"]
+    "deployment",
+    [
+        "VaeDecoder-local",
+        "MediaEncoder",
+        # these two are killed while they have more to lose, above
+        pytest.param("Denoiser-local", marks=pytest.mark.long),
+        pytest.param("VideoPipeline", marks=pytest.mark.long),
+    ],
 )
 def test_a_replica_killed_while_frames_stream_loses_nothing(
     client: Client, cluster: Cluster, deployment: str

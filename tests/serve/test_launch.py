@@ -165,6 +165,7 @@ def processes_with(home: Path) -> list[str]:
     return found
 
 
+@pytest.mark.long
 def test_the_readme_does_what_it_says(tmp_path: Path) -> None:
     home, port = tmp_path / "home", str(free_port())
     server: subprocess.Popen[str] | None = None
