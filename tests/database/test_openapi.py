@@ -27,7 +27,11 @@ WAITS = "/v1/videos/sync"  # until the video is there: asked by one who has no c
 MAX_EXAMPLES = 20
 
 
-@pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
+@pytest.mark.parametrize(
+    "database_url",
+    [pytest.param("sqlite", marks=pytest.mark.long), "postgresql"],
+    indirect=True,
+)
 def test_every_route_is_as_it_says(
     door: Door, alice: Account, an_account: Callable[..., Account]
 ) -> None:

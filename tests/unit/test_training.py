@@ -41,6 +41,7 @@ def test_a_fixed_fifth_is_held_out_and_every_word_is_in_both_parts() -> None:
     assert TRAVEL_PX >= 0.3 * SIZE
 
 
+@pytest.mark.long
 def test_the_measure_reads_every_true_clip_right() -> None:
     random_numbers = np.random.default_rng(0)
     for combination in all_combinations():
@@ -50,7 +51,8 @@ def test_the_measure_reads_every_true_clip_right() -> None:
             assert found.colour
             assert found.shape
             assert found.motion
-            assert read_attributes(clip.pixels).background == background
+            # one grey all clip long: two frames tell it as well as all, which `score` has read
+            assert read_attributes(clip.pixels[:2]).background == background
 
 
 def test_one_wrong_frame_is_a_miss() -> None:
