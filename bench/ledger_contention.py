@@ -25,10 +25,10 @@ from sqlalchemy import make_url
 from bench.databases import fresh_database, fresh_sqlite, running_postgresql
 from bench.machine import describe_machine
 from credits.accounts import AccountId, create_account
-from credits.ledger import grant, new_reservation_id, reserve
+from credits.ledger import Hold, grant, new_reservation_id, reserve
 from credits.plans import Plan
 from credits.pricing import Credits
-from deployments.database import migrate, open_database
+from deployments.database import migrate, open_database, writer_at_once
 
 NUM_CONNECTIONS = 8
 NUM_ACCOUNTS = 1000
@@ -155,21 +155,16 @@ def run_production(
     On PostgreSQL a reserve is one statement, and needs no transaction round it; on SQLite it is
     three, between BEGIN and COMMIT.
     """
-    engine = open_database(url)
-    if engine.dialect.name == "postgresql":
-        engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+    engine = writer_at_once(open_database(url))
 
     with engine.connect() as connection:
 
         def reserve_one(account_id: str) -> None:
             with connection.begin():
-                reserve(
-                    connection,
-                    AccountId(account_id),
-                    new_reservation_id(),
-                    Credits(1),
-                    max_open=PLENTY,
+                hold = Hold(
+                    AccountId(account_id), new_reservation_id(), Credits(1), max_open=PLENTY
                 )
+                reserve(connection, hold)
 
         latencies_s = _timed(reserve_one, worker, num_accounts, start_at, until)
     engine.dispose()

@@ -8,20 +8,25 @@ account's row last, so that the lock on a busy account is held for a statement a
 """
 
 import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NewType
+from typing import Any, NewType, NoReturn
 
 from sqlalchemy import (
+    CTE,
     BigInteger,
     Boolean,
     CheckConstraint,
     Column,
+    ColumnElement,
     Connection,
     FetchedValue,
     ForeignKey,
     Index,
     Integer,
+    Row,
+    Select,
     String,
     Table,
     bindparam,
@@ -33,7 +38,6 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.sql.dml import ReturningInsert
 
 from credits.accounts import AccountDisabled, AccountId, accounts, metadata
 from credits.plans import StorageFull, TooManyJobs
@@ -127,9 +131,19 @@ _INSERT_RESERVATION = insert(reservations).values(
 _INSERT_ENTRY = insert(entries).values(account_id=_ACCOUNT, reservation_id=_RESERVATION, **_ENTRY)
 
 
-def _reserve_at_once() -> ReturningInsert[tuple[int]]:
-    """All three as one statement, which returns a row if the account was good for it."""
-    held = _HOLD.returning(accounts.c.id).cte("held")
+def reservation_statement(
+    then: Callable[[CTE], Select[Any]], first: ColumnElement[Any] | None = None
+) -> Select[Any]:
+    """A whole reservation as one statement of PostgreSQL's, and what else is written with it.
+
+    then: makes of a CTE, which has a row if the account was good for it, what is selected in the
+    end. first: what is evaluated before the account's row is touched.
+    """
+    hold = _HOLD
+    if first is not None:
+        turn = select(_ACCOUNT.label("account_id"), first.label("first")).cte("turn")
+        hold = _HOLD.where(accounts.c.id == turn.c.account_id)
+    held = hold.returning(accounts.c.id).cte("held")
     made = (
         insert(reservations)
         .from_select(["id", "account_id", "amount"], select(_RESERVATION, held.c.id, _AMOUNT))
@@ -138,14 +152,11 @@ def _reserve_at_once() -> ReturningInsert[tuple[int]]:
     )
     columns = ["account_id", "reservation_id", *_ENTRY]
     source = select(made.c.account_id, made.c.id, *_ENTRY.values())
-    return (
-        insert(entries)
-        .from_select(columns, source, include_defaults=False)
-        .returning(entries.c.number)
-    )
+    entry = insert(entries).from_select(columns, source, include_defaults=False).cte("entry")
+    return then(held).add_cte(entry)
 
 
-_RESERVE_AT_ONCE = _reserve_at_once()
+_RESERVE_AT_ONCE = reservation_statement(lambda held: select(held.c.id))
 
 
 class InsufficientCredits(Exception):
@@ -184,6 +195,22 @@ class LedgerEntry:
     created_at_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """What a reservation takes of an account, and what the account may have with it.
+
+    num_bytes is room for the job's video, of at most max_bytes for all the account's; max_open is
+    how many reservations may be open, this one included.
+    """
+
+    account_id: AccountId
+    reservation_id: ReservationId
+    amount: Credits
+    max_open: int
+    num_bytes: int = 0
+    max_bytes: int = MAX_BYTES
+
+
 def new_reservation_id() -> ReservationId:
     """One that nobody else draws."""
     return ReservationId(uuid.uuid4().hex)
@@ -199,49 +226,57 @@ def grant(connection: Connection, account_id: AccountId, amount: Credits) -> Non
     )
 
 
-def reserve(
-    connection: Connection,
-    account_id: AccountId,
-    reservation_id: ReservationId,
-    amount: Credits,
-    *,
-    max_open: int,
-    num_bytes: int = 0,
-    max_bytes: int = MAX_BYTES,
-) -> None:
-    """Hold credits, and room for num_bytes, for a job, as the last statement of its transaction.
+def reserve(connection: Connection, hold: Hold) -> None:
+    """Hold credits and room for a job, as the last statement of its transaction.
 
-    AccountDisabled; StorageFull if the account's videos would take more than max_bytes; TooManyJobs
-    if it has max_open reservations that are not settled; InsufficientCredits if less than amount is
-    available. All leave nothing behind once rolled back.
-    On PostgreSQL it is one statement, so that nobody waits for this account longer than that one
-    and the COMMIT take.
+    AccountDisabled, StorageFull, TooManyJobs or InsufficientCredits if the account is not good for
+    it: nothing is left behind once that is rolled back. On PostgreSQL it is one statement, so that
+    nobody waits for this account longer than that one and the COMMIT take.
     """
-    values = {
-        "held_by": account_id,
-        "reservation": reservation_id,
-        "held": amount,
-        "max_open": max_open,
-        "num_bytes": num_bytes,
-        "max_bytes": max_bytes,
-        "available_name": f"{account_id}:available",
-        "reserved_name": f"{account_id}:reserved",
-    }
     if connection.dialect.name == "postgresql":
-        is_held = connection.execute(_RESERVE_AT_ONCE, values).first() is not None
-    else:
-        connection.execute(_INSERT_RESERVATION, values)
-        connection.execute(_INSERT_ENTRY, values)
-        is_held = connection.execute(_HOLD, values).rowcount == 1
-    if not is_held:
-        row = connection.execute(select(accounts).where(accounts.c.id == account_id)).one()
-        if row.disabled:
-            raise AccountDisabled(account_id)
-        if row.stored_bytes + num_bytes > max_bytes:
-            raise StorageFull(row.stored_bytes, max_bytes)
-        if row.open_reservations >= max_open:
-            raise TooManyJobs(max_open)
-        raise InsufficientCredits(amount, row.available)
+        reserve_with(connection, hold, _RESERVE_AT_ONCE, {})
+        return
+    values = _values(hold)
+    connection.execute(_INSERT_RESERVATION, values)
+    connection.execute(_INSERT_ENTRY, values)
+    if connection.execute(_HOLD, values).rowcount != 1:
+        _refuse(connection, hold)
+
+
+def reserve_with(
+    connection: Connection, hold: Hold, statement: Select[Any], more: Mapping[str, Any]
+) -> Row[Any]:
+    """`reserve`, on PostgreSQL, by a reservation_statement with more parameters; returns its row.
+
+    It needs no transaction round it: if the account is not good for it, it writes nothing.
+    """
+    row = connection.execute(statement, {**_values(hold), **more}).first()
+    return _refuse(connection, hold) if row is None else row
+
+
+def _values(hold: Hold) -> dict[str, Any]:
+    return {
+        "held_by": hold.account_id,
+        "reservation": hold.reservation_id,
+        "held": hold.amount,
+        "max_open": hold.max_open,
+        "num_bytes": hold.num_bytes,
+        "max_bytes": hold.max_bytes,
+        "available_name": f"{hold.account_id}:available",
+        "reserved_name": f"{hold.account_id}:reserved",
+    }
+
+
+def _refuse(connection: Connection, hold: Hold) -> NoReturn:
+    """Say what the account lacks."""
+    account = connection.execute(select(accounts).where(accounts.c.id == hold.account_id)).one()
+    if account.disabled:
+        raise AccountDisabled(hold.account_id)
+    if account.stored_bytes + hold.num_bytes > hold.max_bytes:
+        raise StorageFull(account.stored_bytes, hold.max_bytes)
+    if account.open_reservations >= hold.max_open:
+        raise TooManyJobs(hold.max_open)
+    raise InsufficientCredits(hold.amount, account.available)
 
 
 def settle(

@@ -4,19 +4,27 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine, String, bindparam
 from sqlalchemy.exc import IntegrityError
 
 from autoscaling.tiers import ServedOn, choose_tier
 from credits.accounts import Account, AccountDisabled
-from credits.ledger import new_reservation_id, reserve
-from credits.plans import PlanTable, check_may_derive, check_plan
+from credits.ledger import (
+    Hold,
+    InsufficientCredits,
+    new_reservation_id,
+    reservation_statement,
+    reserve,
+    reserve_with,
+)
+from credits.plans import PlanTable, StorageFull, TooManyJobs, check_may_derive, check_plan
 from credits.pricing import PriceTable, Quote, quote
-from deployments.database import lock_until_commit, reader
+from deployments.database import lock_statement, lock_until_commit, reader, writer_at_once
 from deployments.idempotency import Attempt
 from jobs.job import Job, JobId
-from jobs.store import enqueue
+from jobs.store import enqueue, enqueue_parameters, enqueue_statement, queued_job
 from media.encode import estimate_bytes
 from media.object_store import ObjectStore
 from models.catalog import Model, ModelNotFound
@@ -25,6 +33,9 @@ from models.request import VideoRequest
 # What a job reads besides its row, by the field of VideoRequest that names where it lies.
 Inputs = Mapping[str, bytes]
 NO_INPUTS: Inputs = MappingProxyType({})
+# What an attempt sees when the same one, sent at the same time, was first: its key is taken, or it
+# has used up what the account may have.
+LOST_RACES = (IntegrityError, StorageFull, TooManyJobs, InsufficientCredits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +123,7 @@ class Admission:
             for key in keys.values():
                 self.store.delete(key)
             # The same attempt, sent twice at once, has won meanwhile.
-            if isinstance(error, IntegrityError) and attempt is not None:
+            if isinstance(error, LOST_RACES) and attempt is not None:
                 first = self.find_first(account, attempt)
                 if first is not None:
                     return first
@@ -128,42 +139,53 @@ class Admission:
     ) -> Job:
         price = self.quote(request)
         limits = self.plans.limits[account.plan]
-        num_bytes = _estimate_bytes(request)
-        reservation_id = new_reservation_id()
-        max_jobs = limits.max_jobs if account.max_jobs is None else account.max_jobs
+        values: dict[str, Any] = {
+            "id": job_id,
+            "account_id": account.id,
+            "model": request.model,
+            "tier": tier,
+            "priority": limits.priority,
+            "request": request.model_dump(mode="json"),
+            "quoted": price.credits,
+            "quote_exact": str(price.exact),
+            "reservation_id": new_reservation_id(),
+            "idempotency_key": None if attempt is None else attempt.key,
+            "fields_hash": None if attempt is None else attempt.fields_hash,
+            "estimated_bytes": _estimate_bytes(request),
+        }
+        hold = Hold(
+            account.id,
+            values["reservation_id"],
+            price.credits,
+            max_open=limits.max_jobs if account.max_jobs is None else account.max_jobs,
+            num_bytes=values["estimated_bytes"],
+            max_bytes=limits.max_stored_bytes,
+        )
+        turn = f"{account.id} {values['fields_hash']}"
+        if attempt is None or attempt.key is not None or not attempt.is_retry:
+            with writer_at_once(self.engine).begin() as connection:
+                return _write(connection, values, hold, turn)
         with self.engine.begin() as connection:
-            if attempt is not None and attempt.key is None:
-                # A retry waits for the attempt that it repeats, and then sees what that one made.
-                lock_until_commit(connection, f"{account.id} {attempt.fields_hash}")
-                if (first := attempt.find_first(connection, account.id)) is not None:
-                    return first
-            job = enqueue(
-                connection,
-                {
-                    "id": job_id,
-                    "account_id": account.id,
-                    "model": request.model,
-                    "tier": tier,
-                    "priority": limits.priority,
-                    "request": request.model_dump(mode="json"),
-                    "quoted": price.credits,
-                    "quote_exact": str(price.exact),
-                    "reservation_id": reservation_id,
-                    "idempotency_key": None if attempt is None else attempt.key,
-                    "estimated_bytes": num_bytes,
-                    "fields_hash": None if attempt is None else attempt.fields_hash,
-                },
-            )
-            reserve(
-                connection,
-                account.id,
-                reservation_id,
-                price.credits,
-                max_open=max_jobs,
-                num_bytes=num_bytes,
-                max_bytes=limits.max_stored_bytes,
-            )
-        return job
+            # A retry waits for the attempt that it repeats, and then sees what that one made.
+            lock_until_commit(connection, turn)
+            first = attempt.find_first(connection, account.id)
+            return _write(connection, values, hold, turn) if first is None else first
+
+
+# On PostgreSQL all of it is one statement, which needs no transaction round it. It waits for its
+# turn before it touches the account's row.
+_ADMIT = reservation_statement(enqueue_statement, lock_statement(bindparam("turn", type_=String())))
+
+
+def _write(connection: Connection, values: dict[str, Any], hold: Hold, turn: str) -> Job:
+    """Job, first event and reservation; the account is touched last."""
+    if connection.dialect.name == "postgresql":
+        parameters = {**enqueue_parameters(values), "turn": turn}
+        given = reserve_with(connection, hold, _ADMIT, parameters)
+        return queued_job(given, values)
+    job = enqueue(connection, values)
+    reserve(connection, hold)
+    return job
 
 
 def _input_key(job_id: JobId, name: str) -> str:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import select as sockets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +12,27 @@ from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import (
+    URL,
+    ColumnElement,
+    Connection,
+    Engine,
+    String,
+    bindparam,
+    create_engine,
+    event,
+    func,
+    make_url,
+    select,
+)
+from sqlalchemy.exc import InvalidatePoolError, OperationalError
 
 ROOT = Path(__file__).resolve().parent.parent
 BUSY_TIMEOUT_S = 30
 AWAY_S = 0.5
+# Of one process. What it needs above these for a moment is closed again, and a new connection takes
+# PostgreSQL longer than any statement here.
+KEPT_CONNECTIONS = 10
 T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
 
@@ -32,8 +48,10 @@ def open_database(url: str) -> Engine:
         case "sqlite":
             return _open_sqlite(parsed)
         case "postgresql":
-            # The first use of a connection that the server has closed reconnects.
-            return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+            driver = parsed.set(drivername="postgresql+psycopg")
+            engine = create_engine(driver, pool_size=KEPT_CONNECTIONS)
+            event.listen(engine, "checkout", _reconnect_if_closed)
+            return engine
         case other:
             raise ValueError(f"only sqlite and postgresql databases are supported, not {other!r}")
 
@@ -53,9 +71,17 @@ def single_reader(engine: Engine) -> Engine:
 
     On PostgreSQL that saves the round trips of BEGIN and COMMIT.
     """
-    if engine.dialect.name == "postgresql":
-        return engine.execution_options(isolation_level="AUTOCOMMIT")
-    return reader(engine)
+    return _autocommit(engine) if engine.dialect.name == "postgresql" else reader(engine)
+
+
+@functools.lru_cache(maxsize=32)
+def writer_at_once(engine: Engine) -> Engine:
+    """The same database for what is one statement on PostgreSQL, and a transaction on SQLite."""
+    return _autocommit(engine) if engine.dialect.name == "postgresql" else engine
+
+
+def _autocommit(engine: Engine) -> Engine:
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
 @contextlib.contextmanager
@@ -66,7 +92,12 @@ def exclusive(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
-_LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
+def lock_statement(name: ColumnElement[str]) -> ColumnElement[Any]:
+    """What waits, in a statement of PostgreSQL's, for all others that name the same."""
+    return func.pg_advisory_xact_lock(func.hashtextextended(name, 0))
+
+
+_LOCK = select(lock_statement(bindparam("name", type_=String())))
 
 
 def lock_until_commit(connection: Connection, name: str) -> None:
@@ -101,6 +132,18 @@ def migrate(engine: Engine, revision: str = "head") -> None:
     with exclusive(engine) as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, revision)
+
+
+def _reconnect_if_closed(connection: Any, _record: Any, _proxy: Any) -> None:
+    """InvalidatePoolError, on which the pool connects anew, if the server has hung up.
+
+    Nothing is asked on a connection that lies idle, so there is something to be read only at its
+    end. This costs no round trip, as the pool's own pre-ping does.
+    """
+    idle = sockets.poll()
+    idle.register(connection.fileno(), sockets.POLLIN)
+    if idle.poll(0):
+        raise InvalidatePoolError
 
 
 def _open_sqlite(url: URL) -> Engine:

@@ -1,6 +1,6 @@
 """What happened to a job, in order: the rows that progress is shown from."""
 
-from sqlalchemy import Connection, bindparam, func, insert, select
+from sqlalchemy import ColumnElement, Connection, Insert, bindparam, func, insert, literal, select
 
 from jobs.job import JobEvent, JobId, JobState, Phase, Progress
 from jobs.tables import job_events, now_ms
@@ -10,6 +10,14 @@ _NEXT_SEQ = select(func.coalesce(func.max(job_events.c.seq), 0) + 1).where(
     job_events.c.job_id == bindparam("of_job")
 )
 _APPEND = insert(job_events).values(seq=_NEXT_SEQ.scalar_subquery(), created_at_ms=now_ms())
+
+
+def first_event(job_id: ColumnElement[str], created_at_ms: ColumnElement[int]) -> Insert:
+    """The event of a job that is enqueued by the same statement."""
+    columns = ["job_id", "created_at_ms", "seq", "phase"]
+    counts = ["percentage", "step", "num_steps", "frame", "num_frames"]
+    row = select(job_id, created_at_ms, literal(1), literal(Phase.QUEUED.value))
+    return insert(job_events).from_select(columns + counts, row.add_columns(*[literal(0)] * 5))
 
 
 def append_event(

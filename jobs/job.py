@@ -68,9 +68,12 @@ class Outcome:
     error_message: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A row of jobs. Times are milliseconds since 1970 by the database's clock."""
+    """A row of jobs; the defaults are a new one's.
+
+    Times are milliseconds since 1970 by the database's clock.
+    """
 
     number: int
     id: JobId
@@ -84,22 +87,22 @@ class Job:
     quote_exact: str
     reservation_id: str
     created_at_ms: int
-    started_at_ms: int | None
-    finished_at_ms: int | None
-    lease_owner: str | None
-    lease_expires_at_ms: int | None
-    attempt: int
-    percentage: int
-    cancel_requested: bool
-    deleted: bool
-    charged: int | None
-    refunded: int | None
-    reason: str | None
-    video_key: str | None
-    result: dict[str, Any] | None
-    error_code: str | None
-    error_message: str | None
-    idempotency_key: str | None
-    fields_hash: str | None
-    size_bytes: int | None
-    estimated_bytes: int
+    started_at_ms: int | None = None
+    finished_at_ms: int | None = None
+    lease_owner: str | None = None
+    lease_expires_at_ms: int | None = None
+    attempt: int = 0
+    percentage: int = 0
+    cancel_requested: bool = False
+    deleted: bool = False
+    charged: int | None = None
+    refunded: int | None = None
+    reason: str | None = None
+    video_key: str | None = None
+    result: dict[str, Any] | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    idempotency_key: str | None = None
+    fields_hash: str | None = None
+    size_bytes: int | None = None
+    estimated_bytes: int = 0

@@ -16,6 +16,7 @@ from credits.api_keys import (
 )
 from credits.ledger import (
     AlreadySettled,
+    Hold,
     InsufficientCredits,
     ReservationId,
     entries,
@@ -52,7 +53,7 @@ def reserve_now(
 ) -> ReservationId:
     reservation_id = new_reservation_id()
     with engine.begin() as connection:
-        reserve(connection, account.id, reservation_id, Credits(amount), max_open=max_open)
+        reserve(connection, Hold(account.id, reservation_id, Credits(amount), max_open))
     return reservation_id
 
 
