@@ -80,7 +80,7 @@ def main() -> None:
 def time_family(rank: int, name: str, rounds: int) -> Timing:
     """On both ranks at once."""
     torch.set_num_threads(1)
-    builder = MeshBuilder(rank)
+    builder = MeshBuilder(rank, 2)
     plan = ParallelPlan(ulysses=2) if name in TRANSFORMERS else ParallelPlan(frames=2)
     both, single = builder.mesh(plan, (0, 1)), builder.mesh(ParallelPlan(), (rank,))
     step = STEPS[name](both)

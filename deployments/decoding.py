@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import DecoderConfig
@@ -49,12 +49,12 @@ class DecoderPool:
             yield to_frames(joined, request)
 
     async def _decode_tile(self, request: VideoRequest, denoised: Denoised, box: Box) -> Pixels:
-        """A tile that is lost with its decoder is made again, alone."""
+        """A tile that is lost with its decoder, or the node where it lay, is made again alone."""
         left = self.config.tile_attempts
         while True:
             try:
                 return np.asarray(await self.tile.remote(request.model, denoised.latents, box))
-            except RayActorError as error:
+            except (RayActorError, ObjectLostError) as error:
                 left -= 1
                 if not left:
                     raise

@@ -31,9 +31,10 @@ class Denoiser:
             raise ValueError("a denoiser needs placement_group_bundles, its own and each rank's")
         config = tier.denoiser
         group = RankGroup(tier.tier, placement_group, tier.torch_threads, config.form_timeout_s)
+        self.jobs: list[str] = []
         self.loop = StepLoop(group, Checkpoints(store, models), config)
         await self.loop.start()
-        self.models = ResidentModels(group, models, config.model_memory_bytes)
+        self.models = ResidentModels(self.loop, models, config.model_memory_bytes)
         self.load_model = self.models.load  # where Serve looks for what is multiplexed
         await self.models.preload()
 
@@ -42,8 +43,9 @@ class Denoiser:
         self.loop.check_health()
 
     def describe(self) -> dict[str, Any]:
-        """What it holds now: the group's generation, its ranks' seats, models and requests; and
-        how many steps it has made, one shared by several requests counted once.
+        """What it holds now: the group's generation, its ranks' seats and models, and the jobs that
+        are here, those that wait for their model among them; and how many steps it has made, one
+        shared by several requests counted once.
         """
         group = self.loop.group
         return {
@@ -51,7 +53,7 @@ class Denoiser:
             "ranks": [{"node": seat.node, "pid": seat.pid} for seat in group.seats],
             "models": sorted(group.models),
             "steps_made": self.loop.num_made,
-            "jobs": [held.work.job_id for held in self.loop.held.values()],
+            "jobs": list(self.jobs),
         }
 
     async def denoise(
@@ -61,7 +63,11 @@ class Denoiser:
 
         The caller hands over a reference to the Conditioning, which Serve resolves here.
         """
-        await self.loop.ready.wait()
-        async with self.models.use(work.request.model):
-            async for denoised in self.loop.denoise(work, conditioning):
-                yield denoised
+        self.jobs.append(work.job_id)
+        try:
+            await self.loop.ready.wait()
+            async with self.models.use(work.request.model):
+                async for denoised in self.loop.denoise(work, conditioning):
+                    yield denoised
+        finally:
+            self.jobs.remove(work.job_id)

@@ -15,7 +15,6 @@ from credits.ledger import AlreadySettled, InsufficientCredits
 from credits.plans import PlanForbids, StorageFull, TooManyJobs
 from credits.rates import RateLimited
 from deployments.origin import ForeignPackage
-from deployments.rank import OutOfMemory
 from deployments.rank_group import GroupBroken, SeatsUneven
 from deployments.resident_models import ModelTooLarge
 from deployments.step_loop import RequestQuarantined
@@ -28,6 +27,7 @@ from media.encode import MediaEncodingFailed
 from media.object_store import ObjectNotFound
 from models.catalog import ModelNotFound, WeightsDamaged, WeightsMissing
 from models.checkpoint import CheckpointUnusable
+from models.memory import OutOfMemory
 from models.request import InvalidRequest, NotSupported
 from models.stages import FamilyNotBuilt
 

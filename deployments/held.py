@@ -37,6 +37,7 @@ class Held:
     batch: Hashable | None = None
     block: Block | None = None
     kills: int = 0
+    ran_s: float = 0.0
     unsaved_s: float = 0.0
     unsaved_steps: int = 0
     saved: bool = False

@@ -25,13 +25,13 @@ from deployments.errors import answer_for
 from deployments.expiry import expire_jobs
 from deployments.messages import Denoised, DenoiseWork, Encoded, Encoding, Published
 from deployments.purge import Purger
-from deployments.rank import OutOfMemory
 from deployments.rank_group import GroupBroken
 from deployments.settlement import Ending, WorkDone, cancellation, settle
 from deployments.webhooks import WebhookConfig, WebhookSender
 from jobs.job import Job, JobId, JobState, Phase, Progress
 from jobs.store import LeaseLost, cancelled_of, extend_leases, lease, move, record
 from media.object_store import ObjectStore
+from models.memory import OutOfMemory
 from models.request import VideoRequest
 
 logger = logging.getLogger("ray.serve")

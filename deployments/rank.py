@@ -1,9 +1,8 @@
 """One process of a denoiser's group: its GPU, its copy of the weights, its part of every step."""
 
-import contextlib
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -11,24 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import ray
 
 from models.catalog import Model
+from models.memory import within_memory
 from models.request import VideoRequest
-from models.tensors import Conditioning, ParkedState
+from models.tensors import Conditioning, DenoiseState, ParkedState
 from parallel.plan import ParallelPlan, StepShape
 from parallel.traffic import Traffic
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
-
-
-class OutOfMemory(Exception):
-    """A step needs more memory than the GPU has; only its request fails."""
-
-    def __init__(self, model: str, detail: str) -> None:
-        super().__init__(model, detail)
-        self.model, self.detail = model, detail
-
-    def __str__(self) -> str:
-        return f"{self.model}: a denoise step does not fit into memory: {self.detail}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,18 +95,17 @@ class Rank:
         from parallel.mesh import MeshBuilder
 
         self.rank = rank
-        self.meshes = MeshBuilder(rank)
-        if num_ranks == 1:
-            return
-        timeout = timedelta(seconds=timeout_s)
-        store = self.store if rank == 0 else TCPStore(*meeting, num_ranks, timeout=timeout)
-        dist.init_process_group(
-            "nccl" if torch.cuda.is_available() else "gloo",
-            store=PrefixStore(f"generation-{generation}", store),
-            rank=rank,
-            world_size=num_ranks,
-            timeout=timeout,
-        )
+        if num_ranks > 1:
+            timeout = timedelta(seconds=timeout_s)
+            store = self.store if rank == 0 else TCPStore(*meeting, num_ranks, timeout=timeout)
+            dist.init_process_group(
+                "nccl" if torch.cuda.is_available() else "gloo",
+                store=PrefixStore(f"generation-{generation}", store),
+                rank=rank,
+                world_size=num_ranks,
+                timeout=timeout,
+            )
+        self.meshes = MeshBuilder(rank, num_ranks)
 
     @_in_group("aside")
     def shape(self, request: VideoRequest, num_texts: int) -> StepShape:
@@ -129,8 +117,8 @@ class Rank:
         """The state before the first step."""
         from models.denoise import park
 
-        with _out_of_memory_told(request.model):
-            return park(self.denoisers[request.model].start(request, conditioning))
+        denoiser = self.denoisers[request.model]
+        return within_memory(request.model, lambda: park(denoiser.start(request, conditioning)))
 
     @_in_group("aside")
     def batch(self, request: VideoRequest) -> Hashable | None:
@@ -157,27 +145,11 @@ class Rank:
         denoiser.use(self.meshes.mesh(plan, ranks))
         conditionings: Any = held[: len(requests)]
         parked: Any = held[len(requests) :]
-        with _out_of_memory_told(requests[0].model):
+
+        def make() -> list[DenoiseState]:
             states = [resume(state, choose_device()) for state in parked]
-            made = denoiser.step_all(requests, conditionings, states)
+            return denoiser.step_all(requests, conditionings, states)
+
+        made = within_memory(requests[0].model, make)
         first = self.rank == ranks[0]
         return self.meshes.traffic.take(), *[park(state) if first else None for state in made]
-
-
-@contextlib.contextmanager
-def _out_of_memory_told(model: str) -> Iterator[None]:
-    """What a step had taken is free again when OutOfMemory is raised."""
-    import torch
-
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        # On a CPU torch raises a bare RuntimeError.
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and "DefaultCPUAllocator" not in str(error):
-            raise
-        detail = str(error).splitlines()[0]
-    else:
-        return
-    torch.cuda.empty_cache()
-    raise OutOfMemory(model, detail)

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from autoscaling.step_scheduler import Block
 from deployments.rank import Rank, Seat
 from models.catalog import Model
+from models.memory import OutOfMemory
 from models.request import VideoRequest
 from models.tensors import ParkedState
 from parallel.plan import ParallelPlan, StepShape
@@ -21,6 +22,8 @@ from parallel.traffic import Traffic
 
 # How long the fellows of a rank that failed may take to fail too.
 FELLOWS_S = 2.0
+# For what takes a rank no time, however busy its GPU is.
+ANSWER_S = 60.0
 AGAIN_S = 1.0
 
 
@@ -46,6 +49,15 @@ class Part:
     request: VideoRequest
     conditioning: "ray.ObjectRef[Any]"
     state: "ray.ObjectRef[Any]"
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A request before its first step: what a step costs, whom it may share one with, its state."""
+
+    shape: StepShape
+    batch: Hashable | None
+    state: ParkedState
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,38 +189,45 @@ class RankGroup:
                 future.cancel()
 
     async def load(self, model: Model) -> None:
-        """Have every rank read a model's weights, between steps. GroupBroken if there is none."""
-        if not self.ranks:
-            raise GroupBroken("it is forming again")
-        await asyncio.gather(*[rank.load.remote(model) for rank in self.ranks])
+        """Have every rank read a model's weights, between steps. GroupBroken if some do not."""
+        await self._answers(self.form_timeout_s, *[rank.load.remote(model) for rank in self.ranks])
         self.models[model.id] = model
 
     async def unload(self, model_id: str) -> None:
         """Have every rank forget a model."""
-        del self.models[model_id]
-        await asyncio.gather(*[rank.unload.remote(model_id) for rank in self.ranks])
+        del self.models[model_id]  # whoever joins from now on does not read it either
+        forget = [rank.unload.remote(model_id) for rank in self.ranks]
+        await self._answers(ANSWER_S, *forget)
 
-    async def shape(self, request: VideoRequest, num_texts: int) -> StepShape:
-        """What a step of the request costs."""
-        shape: StepShape = await self.ranks[0].shape.remote(request, num_texts)
-        return shape
+    async def begin(
+        self, request: VideoRequest, num_texts: int, conditioning: "ray.ObjectRef[Any]"
+    ) -> Begun:
+        """What there is to know before a request's first step; GroupBroken."""
+        first = self.ranks[:1]
+        asked = [rank.shape.remote(request, num_texts) for rank in first]
+        asked += [rank.batch.remote(request) for rank in first]
+        asked += [rank.start.remote(request, conditioning) for rank in first]
+        return Begun(*await self._answers(ANSWER_S, *asked))
 
-    async def start(self, request: VideoRequest, conditioning: "ray.ObjectRef[Any]") -> ParkedState:
-        """The state before the first step."""
-        state: ParkedState = await self.ranks[0].start.remote(request, conditioning)
-        return state
-
-    async def batch(self, request: VideoRequest) -> Hashable | None:
-        """What requests have in common that may make a step in one."""
-        batch: Hashable | None = await self.ranks[0].batch.remote(request)
-        return batch
+    async def _answers(self, timeout_s: float, *asked: "ray.ObjectRef[Any]") -> list[Any]:
+        """Of ranks, outside of steps; what they raised, or GroupBroken if there is no answer."""
+        if not asked:
+            raise GroupBroken("it is forming again")
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.gather(*asked)
+        except TimeoutError as error:
+            raise GroupBroken(f"a rank has not answered for {timeout_s:g} s") from error
+        except RayActorError as error:
+            raise GroupBroken("a rank died") from error
 
     async def step(
         self, parts: list[Part], plan: ParallelPlan, block: Block, timeout_s: float
     ) -> Made:
         """One step of each part by a block of ranks.
 
-        GroupBroken; or what every rank of the block raised.
+        OutOfMemory if every rank of the block lacked it. GroupBroken for anything else: a rank
+        that has raised what it does not know is not trusted with another step.
         """
         requests = [part.request for part in parts]
         held = [*[part.conditioning for part in parts], *[part.state for part in parts]]
@@ -221,7 +240,11 @@ class RankGroup:
             total.calls.update(traffic.calls)
             total.bytes_sent.update(traffic.bytes_sent)
         references = calls[0][1:]
-        return Made(list(await asyncio.gather(*references)), references, total)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return Made(list(await asyncio.gather(*references)), references, total)
+        except (TimeoutError, RayError) as error:  # the node where they were made is lost
+            raise GroupBroken(f"what {block} made is lost") from error
 
     async def _agree(
         self, calls: "list[ray.ObjectRef[Any]]", block: Block, timeout_s: float
@@ -239,8 +262,10 @@ class RankGroup:
         errors = [error for future in done if (error := future.exception())]
         if dead := [error for error in errors if isinstance(error, RayActorError)]:
             raise GroupBroken(f"a rank of {block} died") from dead[0]
-        if len(errors) == len(told):
-            raise errors[0]
+        causes = [getattr(error, "cause", None) for error in errors]
+        lacks = [cause for cause in causes if isinstance(cause, OutOfMemory)]
+        if len(lacks) == len(told):
+            raise lacks[0]
         if errors:
             raise GroupBroken(f"{block} is out of step: {errors[0]!r}") from errors[0]
         if late:

@@ -2,12 +2,12 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, Protocol
 
 from ray import serve
 
-from deployments.rank_group import RankGroup
+from deployments.rank_group import GroupBroken
 from models.catalog import Model
 
 
@@ -45,30 +45,71 @@ class Resident:
     As an attribute, since Python's own garbage collection must not call it.
     """
 
-    def __init__(self, unload: Callable[[], Awaitable[None]]) -> None:
-        self.unload = unload
+    def __init__(self, leave: Callable[["Resident"], Awaitable[None]]) -> None:
+        self.leave = leave
         self.num_users = 0
         self.idle = asyncio.Event()
         self.idle.set()
         self.__del__ = self._leave
 
     async def _leave(self) -> None:
-        await self.idle.wait()
-        await self.unload()
+        await self.leave(self)
+
+
+class Ranks(Protocol):
+    """What holds the weights."""
+
+    async def load(self, model: Model) -> None:
+        """Read a model's."""
+
+    async def unload(self, model_id: str) -> None:
+        """Forget a model's."""
 
 
 class ResidentModels:
-    """The least recently used model makes room, once none of its requests is here any more."""
+    """The least recently used model makes room, once none of its requests is here any more.
 
-    def __init__(self, group: RankGroup, models: list[Model], limit_bytes: int | None) -> None:
+    Whoever waits for the change may leave: Serve then forgets both models, but the change goes on
+    to its end and the next one waits for it. So memory holds what Serve says, or less.
+    """
+
+    def __init__(self, ranks: Ranks, models: list[Model], limit_bytes: int | None) -> None:
+        self.ranks = ranks
+        self.leaving: set[asyncio.Task[None]] = set()
         by_id = {model.id: model for model in models}
         self.preloaded = [model.id for model in models[: how_many_fit(models, limit_bytes)]]
 
         async def load(model_id: str) -> Resident:
-            await group.load(by_id[model_id])
-            return Resident(lambda: group.unload(model_id))
+            return await self._load(by_id[model_id])
 
         self.load: Any = serve.multiplexed(max_num_models_per_replica=len(self.preloaded))(load)
+
+    async def _load(self, model: Model) -> Resident:
+        while self.leaving:
+            await asyncio.wait(self.leaving)
+        resident = Resident(lambda leaver: self._see_off(model.id, leaver.idle.wait()))
+        loading = asyncio.create_task(self.ranks.load(model))
+        try:
+            await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            # Serve does not hold it, so it has to leave again.
+            self._spawn(self._unload(model.id, asyncio.wait([loading])))
+            raise
+        return resident
+
+    async def _see_off(self, model_id: str, when: Awaitable[Any]) -> None:
+        await asyncio.shield(self._spawn(self._unload(model_id, when)))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
+        self.leaving.add(task)
+        task.add_done_callback(self.leaving.discard)
+        return task
+
+    async def _unload(self, model_id: str, when: Awaitable[Any]) -> None:
+        await when
+        with contextlib.suppress(GroupBroken):  # the next generation does not read it any more
+            await self.ranks.unload(model_id)
 
     async def preload(self) -> None:
         """As many as fit, in the configuration's order."""

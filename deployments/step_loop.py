@@ -8,27 +8,32 @@ later.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
-from autoscaling.step_scheduler import Step, Task, next_steps
+from autoscaling.step_scheduler import Block, Step, Task, next_steps
 from autoscaling.step_times import StepTimes
 from autoscaling.urgency import judge
 from deployments.checkpoints import Checkpoints
 from deployments.config import DenoiserConfig
 from deployments.held import Held
 from deployments.messages import Denoised, DenoiseWork
-from deployments.rank import OutOfMemory
-from deployments.rank_group import GroupBroken, Made, RankGroup
+from deployments.rank_group import Begun, GroupBroken, Made, RankGroup
 from deployments.traffic_counters import TrafficCounters
+from jobs.store import LeaseLost
+from models.catalog import Model
+from models.checkpoint import Checkpoint
+from models.memory import OutOfMemory
 from models.tensors import Conditioning, ParkedState
 from parallel.plan import P4D, ParallelPlan, StepShape, Topology, plans, predict_step
 
 logger = logging.getLogger("ray.serve")
+
+READ_ATTEMPTS = 3
+READ_AGAIN_S = 1.0
 
 
 class RequestQuarantined(Exception):
@@ -56,6 +61,10 @@ class StepLoop:
         self.under_way: dict[str, Step] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.ready = asyncio.Event()
+        self.boundary = asyncio.Event()
+        self.acting = asyncio.Lock()
+        self.num_between = 0
+        self.warm: set[tuple[str, StepShape, ParallelPlan, Block]] = set()
         self.failure: BaseException | None = None
 
     async def start(self) -> None:
@@ -73,6 +82,9 @@ class StepLoop:
     ) -> AsyncIterator[Denoised]:
         """Yield after each step; whoever leaves earlier stops the request at its next boundary."""
         held = await self._take_in(work, conditioning)
+        for other in self.held.values():
+            if other.work.job_id == work.job_id:  # its pipeline is gone, or does not know it yet
+                other.fail(LeaseLost(work.job_id))
         self.held[held.id] = held
         try:
             if held.steps_left:
@@ -92,14 +104,10 @@ class StepLoop:
     async def _take_in(self, work: DenoiseWork, conditioning: Conditioning) -> Held:
         """Read the checkpoint, if there is one, and judge how urgent the request is."""
         kept = ray.put(conditioning)
-        num_texts = 1 if conditioning.negative is None else 2
-        await self.ready.wait()
-        self.check_health()
-        shape = await self.group.shape(work.request, num_texts)
-        batch = await self.group.batch(work.request)
-        state = await self.group.start(work.request, kept)
+        begun = await self._begin(work, kept, 1 if conditioning.negative is None else 2)
+        shape, state = begun.shape, begun.state
         first_step = state.step
-        saved = await asyncio.to_thread(self.checkpoints.load, work.job_id, work.request)
+        saved = await self._saved(work)
         if saved is not None:
             state = saved.state
             logger.warning("job %s goes on from step %d", work.job_id, state.step)
@@ -126,8 +134,61 @@ class StepLoop:
             state=state,
             state_ref=ray.put(state),
             first_step=first_step,
-            batch=None if batch is None else (work.request.model, batch),
+            batch=None if begun.batch is None else (work.request.model, begun.batch),
         )
+
+    async def _begin(
+        self, work: DenoiseWork, conditioning: "ray.ObjectRef[Any]", num_texts: int
+    ) -> Begun:
+        """As soon as there is a group; one that gives no answer is broken."""
+        for _ in range(self.config.max_kills):
+            await self.ready.wait()
+            generation = self.group.generation
+            try:
+                return await self.group.begin(work.request, num_texts, conditioning)
+            except GroupBroken as error:
+                self._break(generation, error, [])
+        raise RequestQuarantined(work.job_id, self.config.max_kills)
+
+    async def _saved(self, work: DenoiseWork) -> Checkpoint | None:
+        """A store that can't be read now may be so in a moment, here or for another replica."""
+        for _ in range(READ_ATTEMPTS):
+            try:
+                return await asyncio.to_thread(self.checkpoints.load, work.job_id, work.request)
+            except OSError as error:
+                logger.warning("job %s: its checkpoint is not read: %s", work.job_id, error)
+                hindrance = error
+                await asyncio.sleep(READ_AGAIN_S)
+        raise GroupBroken(f"the checkpoint of job {work.job_id} cannot be read") from hindrance
+
+    async def load(self, model: Model) -> None:
+        """Have the ranks read a model's weights at a step boundary."""
+        await self._between_steps(lambda: self.group.load(model))
+
+    async def unload(self, model_id: str) -> None:
+        """Have them forget a model at a step boundary."""
+        await self._between_steps(lambda: self.group.unload(model_id))
+
+    async def _between_steps(self, act: Callable[[], Awaitable[None]]) -> None:
+        """Let the steps end that are under way, and begin none meanwhile: a step that waited for
+        an act of its ranks would seem to hang.
+        """
+        self.num_between += 1
+        try:
+            async with self.acting:
+                await self.ready.wait()
+                while self.under_way:
+                    self.boundary.clear()
+                    await self.boundary.wait()
+                generation = self.group.generation
+                try:
+                    await act()
+                except GroupBroken as error:
+                    self._break(generation, error, [])
+                    raise
+        finally:
+            self.num_between -= 1
+            self._dispatch()
 
     def _plans(self, shape: StepShape) -> dict[int, ParallelPlan]:
         """The quickest plan of every degree that may be used; ValueError if there is none."""
@@ -158,7 +219,7 @@ class StepLoop:
 
     def _dispatch(self) -> None:
         """Begin the steps that the step scheduler wants on the ranks that are idle."""
-        if not self.ready.is_set():
+        if not self.ready.is_set() or self.failure is not None or self.num_between:
             return
         waiting = [
             held for held in self.held.values() if held.id not in self.under_way and held.is_open
@@ -178,7 +239,8 @@ class StepLoop:
             id=held.id,
             arrived_s=held.arrived_s,
             deadline_s=held.urgency.deadline_s,
-            express_from_s=held.urgency.express_from_s,
+            # Only waiting makes a request older.
+            express_from_s=held.urgency.express_from_s + held.ran_s,
             steps_left=held.steps_left,
             step_s={
                 degree: self._expect(held.work.request.model, held.shape, plan)
@@ -197,32 +259,36 @@ class StepLoop:
         try:
             if generation != self.group.generation or not self.ready.is_set():
                 return  # it broke before this began
+            limit_s = self._limit_s(first, plan, step.block) * len(together)
             made = await self.group.step(
                 [held.part for held in together],
                 plan,
                 step.block,
-                self._limit_s(first, plan) * len(together),
+                limit_s,
             )
         except GroupBroken as error:
             cause = getattr(error.__cause__, "cause", None)
             if isinstance(cause, OutOfMemory):  # of one rank, for which the others wait
                 _fail_all(together, cause)
             self._break(generation, error, together)
-        except RayError as error:  # what the step itself raised, on every rank
-            cause = getattr(error, "cause", None)
-            _fail_all(together, cause if isinstance(cause, OutOfMemory) else error)
+        except OutOfMemory as error:
+            _fail_all(together, error)
         else:
             self._note(together, step, plan, made, time.monotonic() - began_s)
         finally:
             for held in together:
                 del self.under_way[held.id]
+            self.boundary.set()
             self._dispatch()
 
-    def _limit_s(self, held: Held, plan: ParallelPlan) -> float:
-        """After so long the step hangs."""
+    def _limit_s(self, held: Held, plan: ParallelPlan, block: Block) -> float:
+        """After so long the step hangs. New processes, and ranks that meet for the first time, may
+        take longer than steps of their like have taken.
+        """
         hang = self.config.hang
         model = held.work.request.model
-        if self.times.known(model, held.shape, plan.degree) < hang.known_steps:
+        is_cold = (model, held.shape, plan, block) not in self.warm
+        if is_cold or self.times.known(model, held.shape, plan.degree) < hang.known_steps:
             return hang.first_s
         expected_s = self._expect(model, held.shape, plan)
         return max(hang.least_s, hang.factor * expected_s)
@@ -234,16 +300,16 @@ class StepLoop:
         self.traffic.add(made.traffic)
         self.num_made += 1
         model, shape = together[0].work.request.model, together[0].shape
+        self.warm.add((model, shape, plan, step.block))
         if len(together) == 1:
             predicted_s = self._predict(shape, plan)
             self.times.observe(model, shape, plan.degree, predicted_s=predicted_s, took_s=took_s)
         for held, state, reference in zip(together, made.states, made.references, strict=True):
             held.state, held.state_ref, held.block = state, reference, step.block
+            held.ran_s += took_s
             held.unsaved_s += took_s
             held.unsaved_steps += 1
             if self._save_is_due(held, took_s):
-                held.unsaved_s, held.unsaved_steps = 0.0, 0
-                held.saved = True
                 held.saving = self._spawn(self._save(held, state, plan))
             if held.steps_left:
                 held.moments.put_nowait(held.moment())
@@ -268,15 +334,21 @@ class StepLoop:
 
     async def _save(self, held: Held, state: ParkedState, plan: ParallelPlan) -> None:
         """Write a state while the next steps are made. Without it a kill costs more, but no job."""
+        unsaved_s, unsaved_steps = held.unsaved_s, held.unsaved_steps
+        held.unsaved_s, held.unsaved_steps = 0.0, 0
         try:
             await asyncio.to_thread(
                 self.checkpoints.save, held.work.job_id, held.work.request, state, plan
             )
         except OSError:
             logger.exception("job %s: step %d is not saved", held.work.job_id, state.step)
+            held.unsaved_s += unsaved_s
+            held.unsaved_steps += unsaved_steps
+        else:
+            held.saved = True
 
     def _begin_generation(self) -> None:
-        self.failure = None
+        self.warm.clear()
         self.ready.set()
         self._spawn(self._watch(self.group.generation))
         self._dispatch()
@@ -308,10 +380,9 @@ class StepLoop:
         try:
             await self.group.form()
         except GroupBroken as error:
-            self.failure = error  # Serve replaces the replica
-            self.ready.set()
-            for held in self.held.values():
-                held.fail(error)
+            # Serve replaces the replica. Its requests wait until then, and go on in the next one:
+            # failing now, they would have used up their attempts before there is one.
+            self.failure = error
         else:
             self._begin_generation()
 
@@ -326,7 +397,7 @@ class StepLoop:
         self.tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             logger.error("the step loop has failed", exc_info=error)
-            self.failure = error
+            self.failure = self.failure or error
 
 
 def _fail_all(together: list[Held], error: Exception) -> None:

@@ -1,6 +1,7 @@
 """The stage that turns words and start image into Conditioning."""
 
 import asyncio
+import functools
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from deployments.messages import Encoded
 from media.decode import read_all_frames
 from media.object_store import ObjectStore
 from models.catalog import Model
+from models.memory import within_memory
 from models.request import VideoRequest
 
 
@@ -38,7 +40,8 @@ class TextEncoder:
         frames = None
         if request.source_video is not None:
             frames = self._read_frames(request, self.store.get(request.source_video))
-        conditioning = self.encoders[request.model].encode(request, image, frames)
+        encode = functools.partial(self.encoders[request.model].encode, request, image, frames)
+        conditioning = within_memory(request.model, encode)
         return Encoded(
             ray.put(conditioning),
             conditioning.num_tokens,

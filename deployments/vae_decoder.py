@@ -1,12 +1,14 @@
 """The stage that turns latents into frames, streamed in temporal order."""
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.catalog import Model
+from models.memory import within_memory
 from models.request import VideoRequest
 from models.tensors import Frames
 from models.tiles import Box
@@ -34,12 +36,17 @@ class VaeDecoder:
         """
         async with self.turn:
             chunks = self.decoders[request.model].decode(request, latents)
-            while (frames := await asyncio.to_thread(next, chunks, None)) is not None:
+            while (
+                frames := await asyncio.to_thread(
+                    within_memory, request.model, lambda: next(chunks, None)
+                )
+            ) is not None:
                 yield frames
 
     async def decode_tile(
         self, model: str, latents: NDArray[np.float32], box: Box
     ) -> NDArray[np.float32]:
         """One tile of a request's frames, [C, F, h, w]; its others may be made elsewhere."""
+        decode = functools.partial(self.decoders[model].decode_tile, latents, box)
         async with self.turn:
-            return await asyncio.to_thread(self.decoders[model].decode_tile, latents, box)
+            return await asyncio.to_thread(within_memory, model, decode)

@@ -118,7 +118,7 @@ class ZImageVideoDenoiser:
             model.folder / "scheduler", local_files_only=True
         )
         self.sharding = shard_z_image(self.transformer)
-        self.use(MeshBuilder(0).mesh(ParallelPlan(), (0,)))
+        self.use(MeshBuilder(0, 1).mesh(ParallelPlan(), (0,)))
 
     def use(self, mesh: Mesh) -> None:
         """Share every step from now on with the mesh's other ranks, which are to do the same."""

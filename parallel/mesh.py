@@ -29,15 +29,25 @@ class Mesh:
 
 
 class MeshBuilder:
-    """Builds the meshes of one rank. All ranks of a plan must ask for it, in the same order."""
+    """Builds the meshes of one rank. All ranks make one, at the same time.
 
-    def __init__(self, rank: int) -> None:
+    torch names a group by how many there were before it. So all are made at once, on all ranks, in
+    one order: of two ranks that had made others meanwhile, neither would find the other.
+    """
+
+    def __init__(self, rank: int, num_ranks: int) -> None:
         self.rank = rank
         self.traffic = Traffic()
-        self.groups: dict[tuple[int, ...], ProcessGroup] = {}
+        self.groups: dict[tuple[int, ...], ProcessGroup] = {
+            (rank,): ProcessGroup((rank,), rank, None, self.traffic)
+        }
+        for ranks in aligned_groups(num_ranks):
+            handle = dist.new_group(list(ranks))
+            if rank in ranks:
+                self.groups[ranks] = ProcessGroup(ranks, rank, handle, self.traffic)
 
     def mesh(self, plan: ParallelPlan, ranks: tuple[int, ...]) -> Mesh:
-        """The groups of a plan over these ranks, this one among them.
+        """The groups of a plan over these ranks, a block of neighbours with this one among them.
 
         Ranks are numbered by node, so that a Ulysses group is a run of neighbours: position is
         (guidance * ring + place in the ring) * ulysses + place in Ulysses.
@@ -57,8 +67,21 @@ class MeshBuilder:
 
     def _group(self, ranks: tuple[int, ...]) -> ProcessGroup:
         if ranks not in self.groups:
-            handle = None
-            if len(ranks) > 1:
-                handle = dist.new_group(list(ranks), use_local_synchronization=True)
-            self.groups[ranks] = ProcessGroup(ranks, self.rank, handle, self.traffic)
+            raise ValueError(f"ranks {ranks} are no part of an aligned block")
         return self.groups[ranks]
+
+
+def aligned_groups(num_ranks: int) -> list[tuple[int, ...]]:
+    """Every set of ranks that a plan on an aligned block may need, in one order.
+
+    A block is `size` neighbours from a multiple of size on; a set is every stride-th of a block.
+    """
+    groups = {
+        tuple(range(first + offset, first + size, stride))
+        for size in range(2, num_ranks + 1)
+        for first in range(0, num_ranks - size + 1, size)
+        for stride in range(1, size)
+        if size % stride == 0
+        for offset in range(stride)
+    }
+    return sorted(groups)

@@ -60,7 +60,7 @@ def _compare(rank: int, name: str, num_frames: int, num_ranks: int) -> Compariso
     whole = case.call(everything)
     sharding = shard_frames(case.model)
     assert torch.equal(case.call(everything), whole), "prepared, but not shared"
-    builder = MeshBuilder(rank)
+    builder = MeshBuilder(rank, num_ranks)
     mesh = builder.mesh(ParallelPlan(frames=num_ranks), tuple(range(num_ranks)))
     frames = sharding.use(mesh.part, num_frames)
     here = slice(frames.offset, frames.offset + frames.size)
@@ -100,7 +100,7 @@ def test_shared_frames_are_those_of_one_process(
 
 def count_bytes(rank: int, num_ranks: int) -> list[tuple[int, float]]:
     """What a step of each UNet sent, and the formulas: all-to-alls, halos, moments."""
-    builder = MeshBuilder(rank)
+    builder = MeshBuilder(rank, num_ranks)
     mesh = builder.mesh(ParallelPlan(frames=num_ranks), tuple(range(num_ranks)))
     counted = []
     for make in (shard_cases.animatediff, shard_cases.svd):
@@ -139,7 +139,7 @@ def _without(rank: int, broken: str) -> float:
     for module in case.model.modules():
         if type(module).__name__ == broken:
             vars(module)["sharding"] = FrameSharding()
-    mesh = MeshBuilder(rank).mesh(ParallelPlan(frames=2), (0, 1))
+    mesh = MeshBuilder(rank, 2).mesh(ParallelPlan(frames=2), (0, 1))
     frames = sharding.use(mesh.part, num_frames)
     shared = case.call(slice(frames.offset, frames.offset + frames.size))
     return _difference(shared, whole.narrow(case.frame_dim, frames.offset, frames.size))
@@ -167,7 +167,7 @@ def test_a_model_that_mixes_no_frames_is_refused() -> None:
 
 
 def too_few(rank: int) -> str:
-    mesh = MeshBuilder(rank).mesh(ParallelPlan(frames=2), (0, 1))
+    mesh = MeshBuilder(rank, 2).mesh(ParallelPlan(frames=2), (0, 1))
     try:
         FrameSharding().use(mesh.part, 1)
     except ValueError as error:

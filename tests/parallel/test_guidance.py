@@ -69,7 +69,7 @@ def differences(rank: int, dtype: torch.dtype, plan: ParallelPlan) -> tuple[floa
     predict, share = predict_frames() if plan.frames > 1 else predict_tokens()
     scale = SVD_GUIDANCE if plan.frames > 1 else Z_IMAGE_GUIDANCE
     whole = guided(scale, predict_each(alone(), [0, 1], predict))
-    builder = MeshBuilder(rank)
+    builder = MeshBuilder(rank, plan.degree)
     mesh = builder.mesh(plan, tuple(range(plan.degree)))
     wanted = share(mesh)(whole)
     sent: list[int] = []
@@ -100,7 +100,7 @@ def test_texts_meet_once_a_step() -> None:
 
 
 def one_text(rank: int) -> str:
-    mesh = MeshBuilder(rank).mesh(ParallelPlan(guidance=2), (0, 1))
+    mesh = MeshBuilder(rank, 2).mesh(ParallelPlan(guidance=2), (0, 1))
     try:
         predict_each(mesh.guidance, [1], torch.tensor)
     except ValueError as error:

@@ -67,7 +67,7 @@ def _compare(rank: int, plan: ParallelPlan, model: str, fields: dict[str, Any]) 
     whole = case.call(0)
     sharding = shard(case.model)
     assert torch.equal(case.call(0), whole), "prepared, but not shared"
-    builder = MeshBuilder(rank)
+    builder = MeshBuilder(rank, plan.degree)
     mesh = builder.mesh(plan, tuple(range(plan.degree)))
     sharding.use(mesh.part, mesh.ulysses, mesh.ring)
     shared = case.call(0)
@@ -121,7 +121,7 @@ def test_attention_sends_what_the_formula_says(plan: ParallelPlan) -> None:
 
 
 def refusal(rank: int, name: str) -> str:
-    mesh = MeshBuilder(rank).mesh(ParallelPlan(ulysses=2), (0, 1))
+    mesh = MeshBuilder(rank, 2).mesh(ParallelPlan(ulysses=2), (0, 1))
     if name == "masked text":
         case, shard = shard_cases.hunyuan(), shard_hunyuan_video
     else:

@@ -43,7 +43,9 @@ def some_latents() -> torch.Tensor:
 
 def shared_equals_stock(rank: int, num_ranks: int) -> bool | None:
     vae, latents = tiled_vae(), some_latents()
-    mesh = MeshBuilder(rank).mesh(ParallelPlan(frames=num_ranks), tuple(range(num_ranks)))
+    mesh = MeshBuilder(rank, num_ranks).mesh(
+        ParallelPlan(frames=num_ranks), tuple(range(num_ranks))
+    )
     video = decode_tiles_shared(vae, latents, mesh.part)
     return None if video is None else torch.equal(video, vae.decode(latents).sample)
 

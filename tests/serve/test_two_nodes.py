@@ -27,6 +27,7 @@ from deployments.denoiser import Denoiser
 from deployments.messages import DenoiseWork
 from deployments.rank_group import GroupBroken, RankGroup
 from deployments.step_loop import StepLoop
+from jobs.store import LeaseLost
 from media.object_store import LocalObjectStore
 from models.catalog import Model
 from models.checkpoint import unpack
@@ -35,6 +36,7 @@ from models.request import VideoRequest
 from models.stages import load_denoiser, load_encoder
 from models.tensors import Conditioning
 from parallel.plan import ParallelPlan
+from tests.serve.conftest import wait_until
 
 pytestmark = [pytest.mark.serve, pytest.mark.long]
 
@@ -223,6 +225,43 @@ def test_a_model_in_use_makes_room_only_when_its_request_has_left(
     assert np.array_equal(latents, expected)
     *_, last = begun[0]
     assert np.array_equal(np.asarray(ray.get(last.latents)), expected)
+
+
+def test_who_leaves_while_a_model_makes_room_takes_no_memory_along(
+    denoiser: DeploymentHandle[Any], request_: VideoRequest, conditioning: Conditioning
+) -> None:
+    describe: Any = denoiser.options(method_name="describe")
+    other = request_.model_copy(update={"model": "other"})
+    run(denoiser, "before", request_, conditioning)
+
+    def ask_for_the_other_and_leave() -> None:
+        handle: Any = denoiser.options(
+            method_name="denoise", stream=True, multiplexed_model_id="other"
+        )
+        stream = handle.remote(DenoiseWork("left", 3, 0.0, other), conditioning)
+        wait_until(lambda: "left" in describe.remote().result()["jobs"], 20)
+        stream.cancel()
+
+    run(denoiser, "in use", request_, conditioning, ask_for_the_other_and_leave)
+    run(denoiser, "after", other, conditioning)
+    assert describe.remote().result()["models"] == ["other"]
+
+
+def test_the_same_job_again_ends_the_one_that_nobody_waits_for(
+    denoiser: DeploymentHandle[Any], request_: VideoRequest, conditioning: Conditioning
+) -> None:
+    """Its pipeline was killed, which Ray tells nobody."""
+    begun: list[Any] = []
+
+    def take_over() -> None:
+        begun.append(run(denoiser, "moved", request_, conditioning))
+
+    with pytest.raises(LeaseLost):
+        run(denoiser, "moved", request_, conditioning, take_over)
+    ((latents, steps),) = begun
+    assert steps[-1] == NUM_STEPS
+    expected, _ = run(denoiser, "expected", request_, conditioning)
+    assert np.array_equal(latents, expected)
 
 
 def test_requests_alike_make_their_steps_in_one(

@@ -1,17 +1,21 @@
 """A rank outside of Ray: what it is given, it gives back, and memory is the request's affair."""
 
 import resource
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from bench.ranks import run_ranks
-from deployments.rank import OutOfMemory, Rank
+from deployments.rank import Rank
 from models.catalog import Model, load_model
 from models.denoise import denoise
+from models.memory import OutOfMemory, within_memory
 from models.request import VideoRequest
 from models.stages import load_denoiser, load_encoder
 from models.tensors import Conditioning, ParkedState
@@ -74,8 +78,25 @@ def _run_out_of_memory(_rank: int, folder: Path) -> tuple[str, list[int]]:
 
 def test_a_step_that_does_not_fit_fails_alone(checkpoint: Path) -> None:
     ((told, shape),) = run_ranks(1, _run_out_of_memory, checkpoint)
-    assert told.startswith("z-image-video: a denoise step does not fit into memory: ")
+    assert told.startswith("z-image-video: a request does not fit into memory: ")
     assert shape == [1, 8, 4, 8, 8]
+
+
+def test_what_did_not_fit_is_gone_when_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the GPU's memory could not be given back."""
+    alive: list[bool] = []
+    taken: list[weakref.ref[Any]] = []
+
+    def run_out() -> None:
+        tensor = torch.zeros(8)
+        taken.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError(f"no room beside {tensor.shape}")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(taken[0]() is not None))
+    with pytest.raises(OutOfMemory) as told:
+        within_memory("m", run_out)
+    assert alive == [False]
+    assert told.value.__context__ is None
 
 
 def test_other_faults_are_not_taken_for_a_lack_of_memory(
