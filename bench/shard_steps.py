@@ -113,7 +113,7 @@ def _token_step(
 
 
 def _z_image_step(mesh: Mesh) -> Step:
-    heads, head_width, layers, frames, size = 16, 64, 1, 8, 40
+    heads, head_width, layers, frames, size = 16, 64, 1, 8, 52
     case = shard_cases.z_image(
         heads=heads, head_width=head_width, num_layers=layers, frames=frames, size=size
     )

@@ -44,8 +44,8 @@ class Denoiser:
 
     def describe(self) -> dict[str, Any]:
         """What it holds now: the group's generation, its ranks' seats and models, and the jobs that
-        are here, those that wait for their model among them; and how many steps it has made, one
-        shared by several requests counted once.
+        are here, those that wait for their model among them, with the ranks of their last steps;
+        and how many steps it has made, one shared by several requests counted once.
         """
         group = self.loop.group
         return {
@@ -54,6 +54,11 @@ class Denoiser:
             "models": sorted(group.models),
             "steps_made": self.loop.num_made,
             "jobs": list(self.jobs),
+            "blocks": {
+                held.work.job_id: list(held.block.ranks)
+                for held in self.loop.held.values()
+                if held.block is not None
+            },
         }
 
     async def denoise(

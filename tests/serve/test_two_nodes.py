@@ -2,11 +2,14 @@
 
 The first has a rank on each, so that what crosses is a ring, and serves two models with memory for
 one. The second has one rank and makes the steps of several requests in one. The third is two
-replicas of one rank, each with memory for one of two models.
+replicas of one rank, each with memory for one of two models. The fourth runs requests side by side.
 """
 
 import asyncio
+import os
+import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +29,7 @@ from deployments.config import DenoiserConfig, TierConfig
 from deployments.denoiser import Denoiser
 from deployments.messages import DenoiseWork
 from deployments.rank_group import GroupBroken, RankGroup
-from deployments.step_loop import StepLoop
+from deployments.step_loop import RequestQuarantined, StepLoop
 from jobs.store import LeaseLost
 from media.object_store import LocalObjectStore
 from models.catalog import Model
@@ -126,6 +129,23 @@ def replicas(nodes: Cluster, model: Model, store: LocalObjectStore) -> Deploymen
     )
     models = [model, replace(model, id="other")]
     return serve.run(deployment.bind(models, store, tier), name="replicas", route_prefix=None)
+
+
+@pytest.fixture(scope="module")
+def side_by_side(nodes: Cluster, model: Model, store: LocalObjectStore) -> DeploymentHandle[Any]:
+    tier = TierConfig(
+        tier=GpuTier.A10G,
+        torch_threads=1,
+        denoiser=DenoiserConfig(degrees=(1,), checkpoint_steps=9),
+    )
+    deployment = serve.deployment()(Denoiser).options(
+        name="SideBySide",
+        max_ongoing_requests=4,
+        ray_actor_options={"num_cpus": 0.01},
+        placement_group_bundles=[{"CPU": 0.01}, {"CPU": 0.02}, {"CPU": 0.02}],
+        placement_group_strategy="PACK",
+    )
+    return serve.run(deployment.bind([model], store, tier), name="side", route_prefix=None)
 
 
 @pytest.fixture
@@ -281,6 +301,34 @@ def test_requests_alike_make_their_steps_in_one(
         assert last.step == last.num_made == NUM_STEPS
         assert np.abs(np.asarray(ray.get(last.latents)) - alone).max() < 1e-4
     assert before + NUM_STEPS <= describe.remote().result()["steps_made"] < before + 2 * NUM_STEPS
+
+
+def test_only_who_runs_on_the_dead_rank_is_to_blame(
+    side_by_side: DeploymentHandle[Any], request_: VideoRequest, conditioning: Conditioning
+) -> None:
+    describe: Any = side_by_side.options(method_name="describe")
+    handle: Any = side_by_side.options(method_name="denoise", stream=True)
+    long = request_.model_copy(update={"num_steps": 300})
+    expected, _ = run(side_by_side, "alone", long, conditioning)
+
+    def kill_rank_of(job_id: str) -> None:
+        found = describe.remote().result()
+        (rank,) = found["blocks"][job_id]
+        os.kill(found["ranks"][rank]["pid"], signal.SIGKILL)
+
+    def be_guilty() -> None:
+        for denoised in handle.remote(DenoiseWork("guilty", 3, 0.0, long), conditioning):
+            if denoised.step in (10, 20):
+                kill_rank_of("guilty")
+
+    with ThreadPoolExecutor(1) as pool:
+        bystander = pool.submit(run, side_by_side, "bystander", long, conditioning)
+        wait_until(lambda: "bystander" in describe.remote().result()["blocks"], 20)
+        with pytest.raises(RequestQuarantined):
+            be_guilty()
+        latents, steps = bystander.result(60)
+    assert steps == list(range(1, long.num_steps + 1))
+    assert np.array_equal(latents, expected)
 
 
 def test_a_request_goes_where_its_model_is(
