@@ -182,11 +182,14 @@ class VideoPipeline:
 
     async def _sweep(self) -> None:
         for round_number in itertools.count():
-            await _when_back(self.purger.purge_videos)
-            if round_number % SELDOM == 0:
-                await _when_back(self.purger.purge_orphans)
-                await _when_back(self.purger.purge_unpublished)
-                await _when_back(self._expire)
+            try:
+                await _when_back(self.purger.purge_videos)
+                if round_number % SELDOM == 0:
+                    await _when_back(self._expire)
+                    await _when_back(self.purger.purge_orphans)
+                    await _when_back(self.purger.purge_unpublished)
+            except OSError:  # a file that can't be deleted now is found again by another round
+                logger.exception("the sweep is not done")
             await asyncio.sleep(SWEEP_S)
 
     def _expire(self) -> None:

@@ -409,14 +409,23 @@ def list_jobs(
 ) -> list[Job]:
     """Up to limit jobs by age, beginning behind `after`; JobNotFound if that is not the account's.
 
-    Rows that are added meanwhile shift nothing: the cursor is a position, not a count.
+    Rows that are added or deleted meanwhile, that of `after` too, shift nothing: the cursor is a
+    position, not a count.
     """
     query: Select[Any] = select(jobs).where(jobs.c.account_id == account_id, ~jobs.c.deleted)
     if after is not None:
-        number = get_job(connection, after, account_id).number
+        number = _place_of(connection, after, account_id)
         query = query.where(jobs.c.number > number if ascending else jobs.c.number < number)
     order = jobs.c.number.asc() if ascending else jobs.c.number.desc()
     return [_to_job(row) for row in connection.execute(query.order_by(order).limit(limit))]
+
+
+def _place_of(connection: Connection, job_id: str, account_id: str) -> int:
+    query = select(jobs.c.number).where(jobs.c.id == job_id, jobs.c.account_id == account_id)
+    number = connection.execute(query).scalar()
+    if number is None:
+        raise JobNotFound(job_id)
+    return int(number)
 
 
 def _to_job(row: Row[Any]) -> Job:

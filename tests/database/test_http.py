@@ -179,6 +179,9 @@ def test_pages_follow_the_cursor(engine: Engine, door: Door, alice: Account) -> 
     assert not rest["has_more"]
     ascending = call("GET", "/v1/videos?order=asc").json()
     assert [video["id"] for video in ascending["data"]] == ids
+    assert call("DELETE", f"/v1/videos/{ids[3]}").status_code == 200
+    after_deleted = call("GET", f"/v1/videos?limit=3&after={ids[3]}").json()
+    assert after_deleted["data"] == rest["data"]
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "order=up"])
