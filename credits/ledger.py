@@ -268,13 +268,14 @@ def _values(hold: Hold) -> dict[str, Any]:
 
 
 def _refuse(connection: Connection, hold: Hold) -> NoReturn:
-    """Say what the account lacks."""
+    """Say what the account lacks; if it lacks nothing any more, that it is to be asked again."""
     account = connection.execute(select(accounts).where(accounts.c.id == hold.account_id)).one()
     if account.disabled:
         raise AccountDisabled(hold.account_id)
     if account.stored_bytes + hold.num_bytes > hold.max_bytes:
         raise StorageFull(account.stored_bytes, hold.max_bytes)
-    if account.open_reservations >= hold.max_open:
+    # What was lacking may be there by now: one of its jobs has ended meanwhile.
+    if account.open_reservations >= hold.max_open or account.available >= hold.amount:
         raise TooManyJobs(hold.max_open)
     raise InsufficientCredits(hold.amount, account.available)
 

@@ -23,8 +23,8 @@ from credits.plans import PlanTable, StorageFull, TooManyJobs, check_may_derive,
 from credits.pricing import PriceTable, Quote, quote
 from deployments.database import lock_statement, lock_until_commit, reader, writer_at_once
 from deployments.idempotency import Attempt
+from jobs.enqueue import enqueue, enqueue_parameters, enqueue_statement, queued_job
 from jobs.job import Job, JobId
-from jobs.store import enqueue, enqueue_parameters, enqueue_statement, queued_job
 from media.encode import estimate_bytes
 from media.object_store import ObjectStore
 from models.catalog import Model, ModelNotFound
@@ -33,9 +33,9 @@ from models.request import VideoRequest
 # What a job reads besides its row, by the field of VideoRequest that names where it lies.
 Inputs = Mapping[str, bytes]
 NO_INPUTS: Inputs = MappingProxyType({})
-# What an attempt sees when the same one, sent at the same time, was first: its key is taken, or it
-# has used up what the account may have.
-LOST_RACES = (IntegrityError, StorageFull, TooManyJobs, InsufficientCredits)
+# After these nothing was written. An attempt is refused so, too, when the same one was first: its
+# key is taken, or it has used up what the account may have.
+REFUSALS = (IntegrityError, AccountDisabled, StorageFull, TooManyJobs, InsufficientCredits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +119,13 @@ class Admission:
             for name, content in inputs.items():
                 self.store.put(keys[name], content)
             return self._enqueue(account, job_id, request, tier, attempt)
-        except BaseException as error:
+        except REFUSALS:
+            # After any other error the job may be there: its COMMIT may have been done although
+            # nobody was told. What is then left of no job, the sweep deletes.
             for key in keys.values():
                 self.store.delete(key)
-            # The same attempt, sent twice at once, has won meanwhile.
-            if isinstance(error, LOST_RACES) and attempt is not None:
+            # The same attempt, sent twice at once, may have won meanwhile.
+            if attempt is not None:
                 first = self.find_first(account, attempt)
                 if first is not None:
                     return first

@@ -14,7 +14,8 @@ from jobs.store import find_by_key, find_recent
 from models.request import InvalidRequest
 
 MAX_KEY_CHARS = 255
-RETRY_WITHIN_MS = 10 * 60 * 1000
+# The official client waits for ten minutes, twice tries again, and waits as long each time.
+RETRY_WITHIN_MS = 35 * 60 * 1000
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,16 +52,16 @@ class Rank:
         self.denoisers = {model.id: load_denoiser(model) for model in models}
 
     def load(self, model: Model) -> None:
-        """Read a model's weights from local safetensors."""
+        """Read a model's weights from local safetensors; OutOfMemory."""
         from models.stages import load_denoiser
 
-        self.denoisers[model.id] = load_denoiser(model)
+        self.denoisers[model.id] = within_memory(model.id, lambda: load_denoiser(model))
 
     def unload(self, model_id: str) -> None:
-        """Give back the memory of a model's weights."""
+        """Give back the memory of a model's weights, if they were read."""
         import torch
 
-        del self.denoisers[model_id]
+        self.denoisers.pop(model_id, None)
         torch.cuda.empty_cache()
 
     def seat(self) -> Seat:

@@ -195,7 +195,7 @@ class RankGroup:
 
     async def unload(self, model_id: str) -> None:
         """Have every rank forget a model."""
-        del self.models[model_id]  # whoever joins from now on does not read it either
+        self.models.pop(model_id, None)  # whoever joins from now on does not read it either
         forget = [rank.unload.remote(model_id) for rank in self.ranks]
         await self._answers(ANSWER_S, *forget)
 

@@ -4,6 +4,7 @@ import base64
 import binascii
 import json
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +93,8 @@ async def _read_json(request: Request) -> dict[str, Any]:
 
 async def _read_form(request: Request) -> dict[str, Any]:
     try:
-        async with request.form() as form:
+        # BodyLimit counts the whole body already; a data URL is one long part.
+        async with request.form(max_part_size=sys.maxsize) as form:
             items = [
                 (name, await value.read() if isinstance(value, UploadFile) else value)
                 for name, value in form.multi_items()

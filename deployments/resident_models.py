@@ -91,8 +91,8 @@ class ResidentModels:
         loading = asyncio.create_task(self.ranks.load(model))
         try:
             await asyncio.shield(loading)
-        except asyncio.CancelledError:
-            # Serve does not hold it, so it has to leave again.
+        except BaseException:
+            # Some ranks have it, or will have it, and Serve does not count it.
             self._spawn(self._unload(model.id, asyncio.wait([loading])))
             raise
         return resident

@@ -6,11 +6,12 @@ later.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -21,7 +22,7 @@ from deployments.checkpoints import Checkpoints
 from deployments.config import DenoiserConfig
 from deployments.held import Held
 from deployments.messages import Denoised, DenoiseWork
-from deployments.rank_group import Begun, GroupBroken, Made, RankGroup
+from deployments.rank_group import GroupBroken, Made, RankGroup
 from deployments.traffic_counters import TrafficCounters
 from jobs.store import LeaseLost
 from models.catalog import Model
@@ -34,6 +35,7 @@ logger = logging.getLogger("ray.serve")
 
 READ_ATTEMPTS = 3
 READ_AGAIN_S = 1.0
+T = TypeVar("T")
 
 
 class RequestQuarantined(Exception):
@@ -104,7 +106,9 @@ class StepLoop:
     async def _take_in(self, work: DenoiseWork, conditioning: Conditioning) -> Held:
         """Read the checkpoint, if there is one, and judge how urgent the request is."""
         kept = ray.put(conditioning)
-        begun = await self._begin(work, kept, 1 if conditioning.negative is None else 2)
+        num_texts = 1 if conditioning.negative is None else 2
+        await self.ready.wait()
+        begun = await self._answered(self.group.begin(work.request, num_texts, kept))
         shape, state = begun.shape, begun.state
         first_step = state.step
         saved = await self._saved(work)
@@ -137,19 +141,6 @@ class StepLoop:
             batch=None if begun.batch is None else (work.request.model, begun.batch),
         )
 
-    async def _begin(
-        self, work: DenoiseWork, conditioning: "ray.ObjectRef[Any]", num_texts: int
-    ) -> Begun:
-        """As soon as there is a group; one that gives no answer is broken."""
-        for _ in range(self.config.max_kills):
-            await self.ready.wait()
-            generation = self.group.generation
-            try:
-                return await self.group.begin(work.request, num_texts, conditioning)
-            except GroupBroken as error:
-                self._break(generation, error, [])
-        raise RequestQuarantined(work.job_id, self.config.max_kills)
-
     async def _saved(self, work: DenoiseWork) -> Checkpoint | None:
         """A store that can't be read now may be so in a moment, here or for another replica."""
         for _ in range(READ_ATTEMPTS):
@@ -163,15 +154,18 @@ class StepLoop:
 
     async def load(self, model: Model) -> None:
         """Have the ranks read a model's weights at a step boundary."""
-        await self._between_steps(lambda: self.group.load(model))
+        async with self._between_steps():
+            await self._answered(self.group.load(model))
 
     async def unload(self, model_id: str) -> None:
         """Have them forget a model at a step boundary."""
-        await self._between_steps(lambda: self.group.unload(model_id))
+        async with self._between_steps():
+            await self._answered(self.group.unload(model_id))
 
-    async def _between_steps(self, act: Callable[[], Awaitable[None]]) -> None:
+    @contextlib.asynccontextmanager
+    async def _between_steps(self) -> AsyncIterator[None]:
         """Let the steps end that are under way, and begin none meanwhile: a step that waited for
-        an act of its ranks would seem to hang.
+        something else of its ranks would seem to hang.
         """
         self.num_between += 1
         try:
@@ -180,15 +174,19 @@ class StepLoop:
                 while self.under_way:
                     self.boundary.clear()
                     await self.boundary.wait()
-                generation = self.group.generation
-                try:
-                    await act()
-                except GroupBroken as error:
-                    self._break(generation, error, [])
-                    raise
+                yield
         finally:
             self.num_between -= 1
             self._dispatch()
+
+    async def _answered(self, answer: Awaitable[T]) -> T:
+        """What the group answers now; if it does not, it is broken."""
+        generation = self.group.generation
+        try:
+            return await answer
+        except GroupBroken as error:
+            self._break(generation, error, [])
+            raise
 
     def _plans(self, shape: StepShape) -> dict[int, ParallelPlan]:
         """The quickest plan of every degree that may be used; ValueError if there is none."""
@@ -256,16 +254,12 @@ class StepLoop:
         first = together[0]
         plan = first.plans[step.block.size]
         began_s = time.monotonic()
+        parts = [held.part for held in together]
         try:
             if generation != self.group.generation or not self.ready.is_set():
                 return  # it broke before this began
             limit_s = self._limit_s(first, plan, step.block) * len(together)
-            made = await self.group.step(
-                [held.part for held in together],
-                plan,
-                step.block,
-                limit_s,
-            )
+            made = await self.group.step(parts, plan, step.block, limit_s)
         except GroupBroken as error:
             cause = getattr(error.__cause__, "cause", None)
             if isinstance(cause, OutOfMemory):  # of one rank, for which the others wait

@@ -36,11 +36,11 @@ class VaeDecoder:
         """
         async with self.turn:
             chunks = self.decoders[request.model].decode(request, latents)
-            while (
-                frames := await asyncio.to_thread(
-                    within_memory, request.model, lambda: next(chunks, None)
-                )
-            ) is not None:
+            next_chunk = functools.partial(next, chunks, None)
+            while True:
+                frames = await asyncio.to_thread(within_memory, request.model, next_chunk)
+                if frames is None:
+                    return
                 yield frames
 
     async def decode_tile(

@@ -140,6 +140,17 @@ def test_the_official_clients_own_retry_finds_its_first_job(
     assert read_account(engine, "alice").open_reservations == 3
 
 
+@pytest.mark.parametrize("seconds", [601, 1201, 1802])
+def test_a_retry_after_the_official_clients_own_time_outs_finds_its_first_job(
+    engine: Engine, door: Door, alice: Account, seconds: int
+) -> None:
+    first = create(door, x_stainless_retry_count="0").json()
+    earlier = jobs.c.created_at_ms - 1000 * seconds
+    with engine.begin() as connection:
+        connection.execute(update(jobs).values(created_at_ms=earlier))
+    assert create(door, x_stainless_retry_count="1").json()["id"] == first["id"]
+
+
 def test_a_retry_long_after_is_a_new_request(engine: Engine, door: Door, alice: Account) -> None:
     first = create(door, x_stainless_retry_count="0").json()
     with engine.begin() as connection:

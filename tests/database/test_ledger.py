@@ -1,11 +1,13 @@
 """The laws of the ledger, each also the database's own."""
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import pytest
-from sqlalchemy import Engine, func, select, text, update
+from sqlalchemy import Connection, Engine, func, select, text, update
 from sqlalchemy.exc import IntegrityError
 
+from credits import ledger
 from credits.accounts import Account, accounts
 from credits.api_keys import (
     Unauthenticated,
@@ -122,6 +124,24 @@ def test_open_reservations_are_limited_before_credits_are(
     settle_now(engine, first, 20)
     with pytest.raises(InsufficientCredits):
         reserve_now(engine, account, 20, max_open=2)
+
+
+def test_what_came_back_before_the_refusal_is_told_is_no_lack_of_credits(
+    engine: Engine, an_account: AnAccount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job ends between the statement that refuses and the one that reads why."""
+    account = an_account(credits=50)
+    first = reserve_now(engine, account, 50)
+    refuse = ledger._refuse
+
+    def refuse_later(connection: Connection, hold: Hold) -> NoReturn:
+        connection.rollback()
+        settle_now(engine, first, 0)
+        refuse(connection, hold)
+
+    monkeypatch.setattr(ledger, "_refuse", refuse_later)
+    with pytest.raises(TooManyJobs), engine.connect() as connection:
+        reserve(connection, Hold(account.id, new_reservation_id(), Credits(20), 100))
 
 
 def test_a_statement_is_stable_while_entries_are_added(

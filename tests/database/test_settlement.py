@@ -5,12 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
+from sqlalchemy.exc import OperationalError
 
 from credits.accounts import Account
 from credits.plans import TooManyJobs
 from credits.pricing import WorkWeights
 from deployments.checkpoints import checkpoint_key
+from deployments.idempotency import Attempt
 from deployments.purge import Purger
 from deployments.settlement import Ending, WorkDone, cancellation, settle
 from jobs.job import Job, JobState, Outcome
@@ -84,6 +86,26 @@ def test_admission_is_all_or_nothing(
     now = read_account(engine, account.id)
     assert (now.available, now.reserved) == (1000 - 4 * 26, 4 * 26)
     assert list(door.store.list("")) == []
+
+
+def test_an_admission_whose_answer_is_lost_keeps_the_jobs_image(
+    engine: Engine, an_account: AnAccount, door: Any, a_request: Callable[..., VideoRequest]
+) -> None:
+    """The connection ends after the COMMIT: the client asks again, and finds the job."""
+    account = an_account(credits=1000)
+    attempt = Attempt("fields", "key")
+
+    def lose(connection: Any, _record: Any) -> None:
+        if engine.dialect.name == "postgresql":
+            connection.close()
+        raise OperationalError("COMMIT", {}, Exception("the connection is lost"))
+
+    event.listen(door.admission.engine, "checkin", lose, once=True)
+    with pytest.raises(OperationalError):
+        door.admission.admit(account, a_request(), {"start_image": b"image"}, attempt)
+    job = door.admission.find_first(account, attempt)
+    assert job is not None
+    assert door.store.get(job.request["start_image"]) == b"image"
 
 
 def test_parallel_admissions_never_exceed_the_limit(
