@@ -13,13 +13,14 @@ from client.client import ApiError, Client, find_server
 from client.generate import GenerationFailed, generate
 
 STOP_TIMEOUT_S = 20.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> None:
     """The whole life of a small cluster."""
     prompt = " ".join(sys.argv[1:]) or "a red circle moving right"
     started_s = time.monotonic()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, lambda *_: sys.exit(130))
     if home_is_in_use():
         os.environ["MUTOSCOPE_HOME"] = str(Path("out/demo-home").absolute())
@@ -49,8 +50,10 @@ def main() -> None:
     except (ApiError, GenerationFailed) as error:
         sys.exit(f"demo: {error}")
     finally:
+        for number in SIGNALS:  # a second one shall not leave the cluster behind
+            signal.signal(number, signal.SIG_IGN)
+        server.terminate()  # before anything is said: nobody may listen any more
         print("stopping the cluster ...", flush=True)
-        server.terminate()
         server.wait(STOP_TIMEOUT_S)
         print(f"all done in {time.monotonic() - started_s:.1f} s", flush=True)
 

@@ -31,7 +31,6 @@ from sqlalchemy import (
     Table,
     bindparam,
     false,
-    func,
     insert,
     literal,
     select,
@@ -68,7 +67,7 @@ entries = Table(
     Column("credit", String, nullable=False),
     Column("amount", BigInteger, nullable=False),
     Column("kind", String, nullable=False),
-    Column("reservation_id", String, ForeignKey("reservations.id"), index=True),
+    Column("reservation_id", String, ForeignKey("reservations.id")),
     Column("created_at_ms", BigInteger, nullable=False, server_default=FetchedValue()),
     CheckConstraint("amount > 0", name="amount_above_zero"),
     CheckConstraint("debit <> credit", name="two_sides"),
@@ -76,6 +75,7 @@ entries = Table(
         "kind IN ('grant', 'reserve', 'confirm', 'refund', 'expire')", name="kind_known"
     ),
     Index("ledger_entries_of_account", "account_id", "number"),
+    Index("ledger_entries_of_reservation", "reservation_id", "kind", unique=True),
 )
 
 reservations = Table(
@@ -341,37 +341,6 @@ def list_entries(
         LedgerEntry(**{**row._mapping, "kind": EntryKind(row.kind)})
         for row in connection.execute(query.order_by(order).limit(limit))
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """All credits that ever moved, by kind, and what they leave; imbalance is 0 or a fault."""
-
-    moved: dict[EntryKind, int]
-    reserved: int
-    imbalance: int
-
-
-def total(connection: Connection) -> Totals:
-    """Add up the whole ledger and hold what accounts show against it.
-
-    The caller's transaction must see one state of the database throughout.
-    """
-    sums = select(entries.c.kind, func.sum(entries.c.amount)).group_by(entries.c.kind)
-    found = {kind: int(amount) for kind, amount in connection.execute(sums)}
-    moved = {kind: found.get(kind, 0) for kind in EntryKind}
-    columns = (accounts.c.available, accounts.c.reserved, accounts.c.spent)
-    shown = [func.coalesce(func.sum(column), 0).label(column.name) for column in columns]
-    row = connection.execute(select(*shown)).one()._mapping
-    given_back = moved[EntryKind.REFUND] + moved[EntryKind.EXPIRE]
-    held = moved[EntryKind.RESERVE] - moved[EntryKind.CONFIRM] - given_back
-    free = moved[EntryKind.GRANT] - moved[EntryKind.RESERVE] + given_back
-    imbalance = (
-        abs(free - int(row["available"]))
-        + abs(held - int(row["reserved"]))
-        + abs(moved[EntryKind.CONFIRM] - int(row["spent"]))
-    )
-    return Totals(moved, int(row["reserved"]), imbalance)
 
 
 def _transfer(

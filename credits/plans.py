@@ -3,7 +3,7 @@
 from enum import StrEnum
 from typing import Self
 
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from models.request import ModelFamily, VideoRequest
 
@@ -58,7 +58,8 @@ class PlanLimits(BaseModel, frozen=True, extra="forbid"):
 
     priority: higher is leased first. image_to_video: whether a start image, or
     a video to change or to go on from, may be given.
-    max_stored_bytes: of the account's MP4s.
+    max_stored_bytes: of the account's MP4s. kept_days: how long a video is kept; None: until it is
+    deleted.
     """
 
     max_frames: int
@@ -69,6 +70,12 @@ class PlanLimits(BaseModel, frozen=True, extra="forbid"):
     image_to_video: bool
     priority: int
     max_stored_bytes: int
+    kept_days: int | None = Field(None, ge=1)
+
+    @property
+    def kept_ms(self) -> int | None:
+        """kept_days in milliseconds."""
+        return None if self.kept_days is None else self.kept_days * 86_400_000
 
 
 SVD_FAMILIES = frozenset({ModelFamily.SVD, ModelFamily.SVD_XT})
@@ -87,10 +94,12 @@ class PlanTable(BaseModel, frozen=True, extra="forbid"):
         Plan.BASIC: PlanLimits(
             max_frames=16, max_long_side=512, max_area=512 * 512, families=BASIC_FAMILIES,
             max_jobs=1, image_to_video=False, priority=1, max_stored_bytes=2 * 10**9,
+            kept_days=7,
         ),
         Plan.PRO: PlanLimits(
             max_frames=48, max_long_side=1280, max_area=1280 * 720, families=PRO_FAMILIES,
             max_jobs=2, image_to_video=True, priority=2, max_stored_bytes=10 * 10**9,
+            kept_days=30,
         ),
         Plan.ENTERPRISE: PlanLimits(
             max_frames=128, max_long_side=1920, max_area=1920 * 1080,

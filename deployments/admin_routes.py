@@ -16,6 +16,7 @@ from credits.accounts import (
 from credits.api_keys import list_api_keys, revoke_api_key
 from credits.audit import list_audit, note
 from credits.ledger import grant
+from credits.plans import PlanTable
 from credits.pricing import Credits, WorkWeights
 from deployments.authentication import AdminAuthenticator, keyed_router
 from deployments.create_routes import Waker
@@ -25,7 +26,8 @@ from deployments.paging import Page
 from deployments.settlement import cancel
 from deployments.wire import account_json, audit_json, job_json, key_json
 from deployments.wire_bodies import AccountBody, AccountChange, GrantBody, KeyBody
-from jobs.store import list_jobs, open_jobs
+from jobs.retention import keep_for
+from jobs.store import list_jobs, open_jobs, request_cancel_of_all
 from media.object_store import ObjectStore
 
 ADMIN = "admin"
@@ -40,6 +42,7 @@ class AdminRoutes:
         engine: Engine,
         store: ObjectStore,
         pepper: bytes,
+        plans: PlanTable,
         weights: WorkWeights,
         authenticate: AdminAuthenticator,
         wake: Waker,
@@ -47,6 +50,7 @@ class AdminRoutes:
         self.engine = engine
         self.store = store
         self.pepper = pepper
+        self.plans = plans
         self.weights = weights
         self.authenticate = authenticate
         self.wake = wake
@@ -96,14 +100,19 @@ class AdminRoutes:
 
     def change_account(self, account_id: str, body: AccountChange) -> dict[str, Any]:
         """Change plan or concurrency; disabling also ends whatever the account has queued or
-        running, and settles it.
+        running, and settles it. With another plan, videos are kept as that says, from now on.
         """
         change = body.model_dump(mode="json", exclude_unset=True)
         with self.engine.begin() as connection:
             account = change_account(connection, account_id, change)
             note(connection, ADMIN, "account.change", account.id, **change)
+            if "plan" in change:
+                keep_for(connection, account.id, self.plans.limits[account.plan].kept_ms)
+            if account.disabled:
+                # Whatever happens to this process: who leases one of them, or has, ends it.
+                request_cancel_of_all(connection, account.id)
         if account.disabled:
-            self._cancel_all(account.id)
+            self._end_queued(account.id)
         return account_json(account)
 
     def grant(self, account_id: str, body: GrantBody) -> dict[str, Any]:
@@ -168,8 +177,8 @@ class AdminRoutes:
             )
         return page.json([audit_json(entry) for entry in found], key="number")
 
-    def _cancel_all(self, account_id: AccountId) -> None:
-        """End what is queued; ask the pipelines to end what runs.
+    def _end_queued(self, account_id: AccountId) -> None:
+        """At once, where no pipeline has anything to stop; those that have are woken.
 
         No job can be added meanwhile: reserving refuses a disabled account.
         """

@@ -118,18 +118,24 @@ class Admission:
         try:
             for name, content in inputs.items():
                 self.store.put(keys[name], content)
-            return self._enqueue(account, job_id, request, tier, attempt)
+            job = self._enqueue(account, job_id, request, tier, attempt)
+            if job.id != job_id:
+                self._delete(keys)
+            return job
         except REFUSALS:
             # After any other error the job may be there: its COMMIT may have been done although
             # nobody was told. What is then left of no job, the sweep deletes.
-            for key in keys.values():
-                self.store.delete(key)
+            self._delete(keys)
             # The same attempt, sent twice at once, may have won meanwhile.
             if attempt is not None:
                 first = self.find_first(account, attempt)
                 if first is not None:
                     return first
             raise
+
+    def _delete(self, keys: dict[str, str]) -> None:
+        for key in keys.values():
+            self.store.delete(key)
 
     def _enqueue(
         self,
@@ -154,6 +160,8 @@ class Admission:
             "idempotency_key": None if attempt is None else attempt.key,
             "fields_hash": None if attempt is None else attempt.fields_hash,
             "estimated_bytes": _estimate_bytes(request),
+            "kept_ms": limits.kept_ms,
+            "made_by_retry": attempt is not None and attempt.key is None and attempt.is_retry,
         }
         hold = Hold(
             account.id,
@@ -164,14 +172,19 @@ class Admission:
             max_bytes=limits.max_stored_bytes,
         )
         turn = f"{account.id} {values['fields_hash']}"
-        if attempt is None or attempt.key is not None or not attempt.is_retry:
+        if not values["made_by_retry"]:
             with writer_at_once(self.engine).begin() as connection:
-                return _write(connection, values, hold, turn)
+                # Asked here, since a connection may have been waited for.
+                if attempt is None or not attempt.may_be_overtaken:
+                    return _write(connection, values, hold, turn)
+        assert attempt is not None
         with self.engine.begin() as connection:
-            # A retry waits for the attempt that it repeats, and then sees what that one made.
+            # A retry waits for the attempt that it repeats, and then sees what that one made; so
+            # does an attempt that its retry may have overtaken.
             lock_until_commit(connection, turn)
-            first = attempt.find_first(connection, account.id)
-            return _write(connection, values, hold, turn) if first is None else first
+            find = attempt.find_first if attempt.is_retry else attempt.find_retry
+            made = find(connection, account.id)
+            return _write(connection, values, hold, turn) if made is None else made
 
 
 # On PostgreSQL all of it is one statement, which needs no transaction round it. It waits for its

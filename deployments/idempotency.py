@@ -2,20 +2,24 @@
 
 import hashlib
 import json
+import math
 import re
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 from fastapi import Request
 from sqlalchemy import Connection
 
 from deployments.request_body import CreateBody
 from jobs.job import Job
-from jobs.store import find_by_key, find_recent
+from jobs.store import find_by_key, find_made_by_retry, find_recent
 from models.request import InvalidRequest
 
 MAX_KEY_CHARS = 255
 # The official client waits for ten minutes, twice tries again, and waits as long each time.
 RETRY_WITHIN_MS = 35 * 60 * 1000
+# Its retries come 0.375 s after the attempt before them, or later.
+OVERTAKEN_AFTER_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +27,29 @@ class Attempt:
     """One sending of a create request.
 
     is_retry: the official client says so (`x-stainless-retry-count`). It sends no key, and each
-    time another multipart boundary, so its retries are known by their parsed fields.
+    time another multipart boundary, so its retries are known by their parsed fields. arrived_s is
+    by this process's monotonic clock.
     """
 
     fields_hash: str
     key: str | None = None
     is_retry: bool = False
+    arrived_s: float = field(default_factory=time.monotonic, compare=False)
 
     @property
     def is_first(self) -> bool:
         """Whether nothing says that it may have been sent before."""
         return self.key is None and not self.is_retry
+
+    @property
+    def may_be_overtaken(self) -> bool:
+        """Whether a retry of it may have come by now; the official client waits longer for it."""
+        return self.is_first and time.monotonic() - self.arrived_s > OVERTAKEN_AFTER_S
+
+    def find_retry(self, connection: Connection, account_id: str) -> Job | None:
+        """The job that a retry of this one has made while this one was on its way."""
+        age_ms = math.ceil(1000 * (time.monotonic() - self.arrived_s))
+        return find_made_by_retry(connection, account_id, self.fields_hash, age_ms)
 
     def find_first(self, connection: Connection, account_id: str) -> Job | None:
         """The job that an earlier sending made; IdempotencyConflict if it had other fields."""

@@ -100,6 +100,7 @@ def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
         engine,
         parts.store,
         pepper,
+        parts.plans,
         parts.weights,
         AdminAuthenticator(read_admin_key(parts.home, parts.database_url)),
         wake,

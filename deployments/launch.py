@@ -8,9 +8,11 @@ import fcntl
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import FrameType
@@ -55,11 +57,13 @@ def main() -> None:
     for number in SIGNALS:
         signal.signal(number, _stop)
     try:
-        start_cluster(config)
+        start_cluster(config, home)
         url = f"http://{host}:{port}"
         (home / "url").write_text(url)
         print(f"Mutoscope is ready at {url}", flush=True)
-        print(f"API key: {(home / 'api_key').read_text()}  ({home / 'api_key'})", flush=True)
+        # Only an application with a local_account has a key of its own.
+        if (key := home / "api_key").exists():
+            print(f"API key: {key.read_text()}  ({key})", flush=True)
         while True:
             # Not signal.pause(): one of Ray's threads may be the one that the kernel interrupts,
             # and Python's handler waits for this one.
@@ -98,12 +102,19 @@ def lock_home(home: Path) -> TextIO | None:
     return lock
 
 
-def start_cluster(config: dict[str, object]) -> None:
+def start_cluster(config: dict[str, object], home: Path) -> None:
     """Start Ray and deploy; returns when the application runs, else DeployFailed.
 
-    config is the whole of serve_config.yaml. The environment set here is what the cluster's
-    processes get: our packages on their path, and a token without which nobody can join it.
+    config is the whole of serve_config.yaml; home is locked. The environment set here is what the
+    cluster's processes get: our packages on their path, a token without which nobody can join it,
+    and a folder for what is half made.
     """
+    scratch = home / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a server that was killed: home is locked
+    scratch.mkdir()
+    # Ray's sockets have names of at most 107 characters: it stays where it would be.
+    os.environ.setdefault("RAY_TMPDIR", tempfile.gettempdir())
+    os.environ["TMPDIR"] = str(scratch)
     os.environ["PYTHONPATH"] = os.pathsep.join(
         part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part
     )

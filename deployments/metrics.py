@@ -13,7 +13,8 @@ from prometheus_client.registry import Collector
 from sqlalchemy import Connection, Engine
 
 from credits.accounts import plans_of
-from credits.ledger import EntryKind, total
+from credits.ledger import EntryKind
+from credits.totals import total
 from deployments.database import reader
 from jobs.store import count_by_state, count_lost_leases, count_queued
 

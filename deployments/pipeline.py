@@ -26,7 +26,7 @@ from deployments.expiry import expire_jobs
 from deployments.messages import Denoised, DenoiseWork, Encoded, Encoding, Published
 from deployments.purge import Purger
 from deployments.rank_group import GroupBroken
-from deployments.settlement import Ending, WorkDone, cancellation, settle
+from deployments.settlement import Ending, WorkDone, cancellation, settle, work_told
 from deployments.webhooks import WebhookConfig, WebhookSender
 from jobs.job import Job, JobId, JobState, Phase, Progress
 from jobs.store import LeaseLost, cancelled_of, extend_leases, lease, move, record
@@ -183,11 +183,13 @@ class VideoPipeline:
     async def _sweep(self) -> None:
         for round_number in itertools.count():
             try:
+                await _when_back(self.purger.delete_expired)
                 await _when_back(self.purger.purge_videos)
                 if round_number % SELDOM == 0:
                     await _when_back(self._expire)
                     await _when_back(self.purger.purge_orphans)
                     await _when_back(self.purger.purge_unpublished)
+                    await _when_back(self.purger.purge_unfinished)
             except OSError:  # a file that can't be deleted now is found again by another round
                 logger.exception("the sweep is not done")
             await asyncio.sleep(SWEEP_S)
@@ -211,7 +213,7 @@ class VideoPipeline:
 
     async def _run_and_settle(self, job: Job) -> None:
         """Or queue it for the larger tier, if its steps do not fit into this one's memory."""
-        done = WorkDone()
+        done = await self._while_held(functools.partial(work_told, self.engine, job))
         try:
             ending = await self._run_to_ending(job, done)
         except OutOfMemory as error:
@@ -343,9 +345,9 @@ class VideoPipeline:
         progress = Progress(phase, min(int(100 * share), 99), **counts)
         await self._while_held(functools.partial(self._record_now, job.id, progress))
 
-    async def _while_held(self, act: Callable[[], None]) -> None:
+    async def _while_held(self, act: Callable[[], T]) -> T:
         """The database may be away for as long as a lease lasts; then the job is another's."""
-        await retry_while_away(act, for_s=self.leases.lease_s)
+        return await retry_while_away(act, for_s=self.leases.lease_s)
 
     def _record_now(self, job_id: JobId, progress: Progress) -> None:
         with self.engine.begin() as connection:

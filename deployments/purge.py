@@ -2,19 +2,28 @@
 
 import itertools
 import logging
+from collections.abc import Callable
+from typing import ParamSpec
 
 from sqlalchemy import Engine
 
+from credits.accounts import release_bytes
 from deployments.checkpoints import CHECKPOINTS
 from deployments.database import reader
 from jobs.job import FINAL_STATES
-from jobs.store import JobNotFound, ended_in_vain, get_job, mark_purged, purgeable
+from jobs.retention import ended_in_vain, expired_videos, mark_deleted, mark_purged, purgeable
+from jobs.store import (
+    JobNotFound,
+    get_job,
+)
 from media.object_store import ObjectStore
 from media.renditions import delete_renditions
 
 logger = logging.getLogger("ray.serve")
 
+P = ParamSpec("P")
 UNPUBLISHED_MS = 3_600_000
+UNFINISHED_S = 3_600.0
 
 
 class Purger:
@@ -25,15 +34,20 @@ class Purger:
         self.store = store
         self.suspects: set[str] = set()
 
+    def delete_expired(self) -> None:
+        """Delete, as its owner might, every video that was kept for as long as its plan says."""
+        with reader(self.engine).begin() as connection:
+            expired = expired_videos(connection)
+        for job in expired:  # each alone: the account's row is the last that is locked
+            with self.engine.begin() as connection:
+                release_bytes(connection, job.account_id, mark_deleted(connection, job.id))
+
     def purge_videos(self) -> None:
         """Delete the files of deleted videos; one that can't be deleted now is left for later."""
         with reader(self.engine).begin() as connection:
             jobs = purgeable(connection)
         for job in jobs:
-            try:
-                delete_renditions(self.store, job.id)
-            except OSError:
-                logger.exception("cannot delete the files of %s", job.id)
+            if not self._is_done(delete_renditions, self.store, job.id):
                 continue
             with self.engine.begin() as connection:
                 mark_purged(connection, job.id)
@@ -47,7 +61,7 @@ class Purger:
         with reader(self.engine).begin() as connection:
             ended = ended_in_vain(connection, UNPUBLISHED_MS)
         for job_id in ended:
-            delete_renditions(self.store, job_id)
+            self._is_done(delete_renditions, self.store, job_id)
 
     def purge_orphans(self) -> None:
         """Delete start images, source videos and checkpoints without an open job.
@@ -57,8 +71,21 @@ class Purger:
         stored = itertools.chain(self.store.list("inputs/"), self.store.list(CHECKPOINTS))
         orphans = {info.key for info in stored if self._is_orphan(info.key)}
         for key in orphans & self.suspects:
-            self.store.delete(key)
+            self._is_done(self.store.delete, key)
         self.suspects = orphans
+
+    def purge_unfinished(self) -> None:
+        """Delete what was being stored when its process was killed."""
+        self.store.delete_unfinished(UNFINISHED_S)
+
+    def _is_done(self, delete: Callable[P, None], *what: P.args, **named: P.kwargs) -> bool:
+        """What can't be deleted now is found again by a later round, and keeps nothing else."""
+        try:
+            delete(*what, **named)
+        except OSError:
+            logger.exception("cannot delete the files of %s", what[-1])
+            return False
+        return True
 
     def _is_orphan(self, key: str) -> bool:
         with reader(self.engine).begin() as connection:

@@ -1,6 +1,7 @@
 """Ends a job: its state, its charge and its last event change in one transaction."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -11,12 +12,14 @@ from credits.ledger import AlreadySettled, ReservationId
 from credits.ledger import settle as settle_reservation
 from credits.pricing import Credits, Passes, WorkWeights, charge, share_done
 from deployments.checkpoints import checkpoint_key
-from jobs.job import Job, JobState, Outcome
+from deployments.database import reader
+from jobs.events import events_after
+from jobs.job import Job, JobEvent, JobState, Outcome, Phase
 from jobs.outbox import announce
 from jobs.store import LeaseLost, finish, request_cancel
 from media.object_store import ObjectStore
 from media.renditions import delete_renditions
-from models.request import VideoRequest
+from models.request import VideoRequest, stored_inputs
 
 
 @dataclass(slots=True)
@@ -32,6 +35,18 @@ class WorkDone:
         """Note that a stage came this far."""
         for stage, count in passes.items():
             setattr(self, stage, max(getattr(self, stage), count))
+
+    def recall(self, events: Sequence[JobEvent]) -> None:
+        """What earlier attempts did, as far as they told of it.
+
+        A denoise that begins at a later step (of a source video) has not made those before.
+        """
+        steps = [event.progress.step for event in events if event.progress.phase is Phase.DENOISE]
+        if steps:
+            self.reach(text=1)
+        if made := [step for step in steps if step > 0]:
+            self.reach(denoise=max(made) - min(made) + 1)
+        self.reach(decode=max((event.progress.frame for event in events), default=0))
 
     def share(self, request: VideoRequest, weights: WorkWeights) -> Fraction:
         """Weighted work done over the work that the request takes, 0..1."""
@@ -68,11 +83,13 @@ def settle(
     done: WorkDone,
     ending: Ending,
 ) -> Outcome:
-    """Charge the work done, refund the rest, end the job; LeaseLost changes nothing."""
-    request = VideoRequest.model_validate(job.request)
+    """Charge the work done, refund the rest, end the job; LeaseLost changes nothing.
+
+    Where no work is charged, the request need not be one that this version can read.
+    """
     charged = Credits(0)
-    if ending.charge_work:
-        share = done.share(request, weights)
+    if ending.charge_work and done != WorkDone():
+        share = done.share(VideoRequest.model_validate(job.request), weights)
         charged = charge(Fraction(job.quote_exact), Credits(job.quoted), share)
     outcome = Outcome(
         state=ending.state,
@@ -93,7 +110,7 @@ def settle(
         settle_reservation(
             connection, reservation_id, charged, expired=ending.expired, more_bytes=more_bytes
         )
-    for key in (*request.stored_inputs, checkpoint_key(job.id)):
+    for key in (*stored_inputs(job.request), checkpoint_key(job.id)):
         store.delete(key)
     if ending.video_key is None:
         delete_renditions(store, job.id)  # published, but cancelled or lost before the end
@@ -111,8 +128,17 @@ def cancel(engine: Engine, store: ObjectStore, weights: WorkWeights, job: Job) -
     if job.state is JobState.QUEUED:
         # LeaseLost, AlreadySettled: a pipeline has it by now, and reads the request.
         with contextlib.suppress(LeaseLost, AlreadySettled):
-            done, ending = WorkDone(), cancellation()
+            done, ending = work_told(engine, job), cancellation()
             settle(engine, store, weights, job, lease_owner=None, done=done, ending=ending)
+
+
+def work_told(engine: Engine, job: Job) -> WorkDone:
+    """What was done of a job before its pipeline died or another tier was to run it."""
+    done = WorkDone()
+    if job.attempt > 0:
+        with reader(engine).begin() as connection:
+            done.recall(events_after(connection, job.id, 0))
+    return done
 
 
 def expiry() -> Ending:

@@ -18,7 +18,8 @@ from deployments.progress import EventFeed, stream_events
 from deployments.settlement import cancel
 from deployments.wire import POLL_AFTER_MS, model_json, video_json
 from jobs.job import FINAL_STATES, Job, JobState
-from jobs.store import get_job, list_jobs, mark_deleted
+from jobs.retention import mark_deleted
+from jobs.store import get_job, list_jobs
 from media.object_store import LocalObjectStore
 from media.renditions import MEDIA_TYPES, SUFFIXES, Rendition, rendition_key
 from models.request import InvalidRequest

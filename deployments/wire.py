@@ -12,7 +12,7 @@ from jobs.job import Job, JobEvent, JobState
 from jobs.outbox import Delivery
 from jobs.webhooks import Endpoint
 from models.catalog import Model
-from models.request import ModelFamily, VideoRequest
+from models.request import ModelFamily, StoredRequest, VideoRequest
 
 STATUSES = {
     JobState.QUEUED: "queued",
@@ -37,7 +37,7 @@ def video_json(job: Job, model: Model | None) -> dict[str, Any]:
     A cancelled job has status "failed" and error.code "cancelled": the API has four statuses.
     model None (deployed no more) leaves out what is generated before trimming.
     """
-    request = VideoRequest.model_validate(job.request)
+    request = StoredRequest.model_validate(job.request)
     result = job.result or {}
     error = None
     if job.error_code is not None:
@@ -50,7 +50,7 @@ def video_json(job: Job, model: Model | None) -> dict[str, Any]:
         "progress": job.percentage,
         "created_at": job.created_at_ms // 1000,
         "completed_at": _seconds(job.finished_at_ms),
-        "expires_at": None,
+        "expires_at": _seconds(job.expires_at_ms),
         "seconds": f"{request.total_frames / request.fps:g}",
         "size": f"{request.width}x{request.height}",
         "remixed_from_video_id": request.remixed_from,

@@ -106,3 +106,6 @@ class Job:
     fields_hash: str | None = None
     size_bytes: int | None = None
     estimated_bytes: int = 0
+    kept_ms: int | None = None
+    expires_at_ms: int | None = None
+    made_by_retry: bool = False

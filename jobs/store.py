@@ -119,7 +119,7 @@ def _take_first(
         )
         .returning(*jobs.c)
     ).first()
-    return None if row is None else _to_job(row)
+    return None if row is None else to_job(row)
 
 
 def extend_leases(
@@ -194,15 +194,18 @@ def finish(
         if lease_owner is None
         else and_(jobs.c.state == JobState.RUNNING, jobs.c.lease_owner == lease_owner)
     )
+    is_made = outcome.state is JobState.SUCCEEDED
     row = connection.execute(
         update(jobs)
         .where(jobs.c.id == job_id, is_held)
         .values(
             state=outcome.state,
             finished_at_ms=now_ms(),
+            # NULL where kept_ms is, too.
+            expires_at_ms=now_ms() + jobs.c.kept_ms if is_made else None,
             lease_owner=None,
             lease_expires_at_ms=None,
-            percentage=100 if outcome.state is JobState.SUCCEEDED else jobs.c.percentage,
+            percentage=100 if is_made else jobs.c.percentage,
             charged=outcome.charged,
             refunded=outcome.refunded,
             reason=outcome.reason,
@@ -228,47 +231,17 @@ def request_cancel(connection: Connection, job_id: JobId) -> None:
     )
 
 
+def request_cancel_of_all(connection: Connection, account_id: str) -> None:
+    """Ask the same for all that an account has queued or running."""
+    connection.execute(
+        update(jobs).where(jobs.c.account_id == account_id, _IS_OPEN).values(cancel_requested=True)
+    )
+
+
 def open_jobs(connection: Connection, account_id: str) -> list[Job]:
     """What an account has queued or running."""
     query = select(jobs).where(jobs.c.account_id == account_id, _IS_OPEN)
-    return [_to_job(row) for row in connection.execute(query)]
-
-
-def mark_deleted(connection: Connection, job_id: JobId) -> int:
-    """Hide a finished job from its owner; the bytes of its video, 0 if it was hidden before.
-
-    `purgeable` then lists its files.
-    """
-    row = connection.execute(
-        update(jobs)
-        .where(jobs.c.id == job_id, jobs.c.state.in_(FINAL_STATES), ~jobs.c.deleted)
-        .values(deleted=True)
-        .returning(jobs.c.size_bytes)
-    ).first()
-    return 0 if row is None else row.size_bytes or 0
-
-
-def purgeable(connection: Connection, limit: int = 100) -> list[Job]:
-    """Deleted jobs whose files may still exist."""
-    query = select(jobs).where(jobs.c.deleted, jobs.c.video_key.is_not(None)).limit(limit)
-    return [_to_job(row) for row in connection.execute(query)]
-
-
-def ended_in_vain(connection: Connection, max_age_ms: int) -> list[JobId]:
-    """Jobs that were started and ended without a video, no longer than max_age_ms ago."""
-    rows = connection.execute(
-        select(jobs.c.id).where(
-            jobs.c.state.in_((JobState.FAILED, JobState.CANCELLED)),
-            jobs.c.started_at_ms.is_not(None),
-            jobs.c.finished_at_ms > now_ms() - max_age_ms,
-        )
-    )
-    return [JobId(row.id) for row in rows]
-
-
-def mark_purged(connection: Connection, job_id: JobId) -> None:
-    """The files of a deleted job are gone."""
-    connection.execute(update(jobs).where(jobs.c.id == job_id).values(video_key=None))
+    return [to_job(row) for row in connection.execute(query)]
 
 
 def get_job(connection: Connection, job_id: str, account_id: str | None = None) -> Job:
@@ -279,7 +252,7 @@ def get_job(connection: Connection, job_id: str, account_id: str | None = None) 
     row = connection.execute(query).first()
     if row is None:
         raise JobNotFound(job_id)
-    return _to_job(row)
+    return to_job(row)
 
 
 def count_by_state(connection: Connection) -> dict[JobState, int]:
@@ -326,7 +299,7 @@ def find_by_key(connection: Connection, account_id: str, key: str, fields_hash: 
     ).first()
     if row is not None and row.fields_hash != fields_hash:
         raise IdempotencyConflict(key)
-    return None if row is None else _to_job(row)
+    return None if row is None else to_job(row)
 
 
 def find_recent(
@@ -346,7 +319,25 @@ def find_recent(
         .order_by(jobs.c.number.desc())
         .limit(1)
     ).first()
-    return None if row is None else _to_job(row)
+    return None if row is None else to_job(row)
+
+
+def find_made_by_retry(
+    connection: Connection, account_id: str, fields_hash: str, max_age_ms: int
+) -> Job | None:
+    """The account's newest job of these fields that a client's own retry made, however it ended."""
+    row = connection.execute(
+        select(jobs)
+        .where(
+            jobs.c.account_id == account_id,
+            jobs.c.fields_hash == fields_hash,
+            jobs.c.made_by_retry,
+            jobs.c.created_at_ms >= now_ms() - max_age_ms,
+        )
+        .order_by(jobs.c.number.desc())
+        .limit(1)
+    ).first()
+    return None if row is None else to_job(row)
 
 
 def jobs_of_reservations(
@@ -372,7 +363,7 @@ def list_jobs(
         number = _place_of(connection, after, account_id)
         query = query.where(jobs.c.number > number if ascending else jobs.c.number < number)
     order = jobs.c.number.asc() if ascending else jobs.c.number.desc()
-    return [_to_job(row) for row in connection.execute(query.order_by(order).limit(limit))]
+    return [to_job(row) for row in connection.execute(query.order_by(order).limit(limit))]
 
 
 def _place_of(connection: Connection, job_id: str, account_id: str) -> int:
@@ -383,5 +374,6 @@ def _place_of(connection: Connection, job_id: str, account_id: str) -> int:
     return int(number)
 
 
-def _to_job(row: Row[Any]) -> Job:
+def to_job(row: Row[Any]) -> Job:
+    """A row of `jobs` as a Job."""
     return Job(**{**row._mapping, "state": JobState(row.state), "id": JobId(row.id)})

@@ -55,6 +55,10 @@ jobs = Table(
     Column("fields_hash", String),
     Column("size_bytes", BigInteger),
     Column("estimated_bytes", BigInteger, nullable=False, server_default=text("0")),
+    # How long the video is kept once it is made, and until when; None: for as long as it is wanted.
+    Column("kept_ms", BigInteger),
+    Column("expires_at_ms", BigInteger),
+    Column("made_by_retry", Boolean, nullable=False, server_default=false()),
     CheckConstraint(
         "state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="state_known"
     ),
@@ -67,6 +71,12 @@ jobs = Table(
     Index("jobs_same_fields", "account_id", "fields_hash", "number"),
     Index("jobs_of_account_by_state", "account_id", "state"),
     Index("jobs_open", "state", "tier", "priority", "number"),
+    Index(
+        "jobs_expiring",
+        "expires_at_ms",
+        sqlite_where=text("expires_at_ms IS NOT NULL AND NOT deleted"),
+        postgresql_where=text("expires_at_ms IS NOT NULL AND NOT deleted"),
+    ),
     Index(
         "jobs_purgeable",
         "number",

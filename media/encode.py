@@ -56,8 +56,9 @@ class Mp4Encoder:
             threads=threads,
             **{"x264-params": BT709},
         )
+        # x264's threads are not ffmpeg's only ones: its filters would take every core.
         self.process: subprocess.Popen[bytes] = video.global_args(
-            "-loglevel", "error", "-y"
+            *("-loglevel", "error", "-y", "-filter_threads", str(threads))
         ).run_async(cmd=imageio_ffmpeg.get_ffmpeg_exe(), pipe_stdin=True, pipe_stderr=True)
 
     def __enter__(self) -> Self:

@@ -1,12 +1,15 @@
 """Where videos, start images and checkpoints lie: one contract, and a local directory for it."""
 
+import contextlib
 import os
 import shutil
+import stat
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 
 class ObjectNotFound(Exception):
@@ -57,6 +60,10 @@ class ObjectStore(Protocol):
         """Remove it if it is there."""
         ...
 
+    def delete_unfinished(self, min_age_s: float) -> None:
+        """Remove what puts that were killed have left, if it is at least that old."""
+        ...
+
 
 class LocalObjectStore:
     """Objects as files under one directory; a put appears whole or not at all."""
@@ -74,36 +81,57 @@ class LocalObjectStore:
             shutil.move(content, partial)
         else:
             partial.write_bytes(content)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _sync(partial)
+        size_bytes = partial.stat().st_size
+        self._make_folder(target.parent)
         os.replace(partial, target)
-        return ObjectInfo(key, target.stat().st_size)
+        _sync(target.parent)
+        return ObjectInfo(key, size_bytes)
 
     def get(self, key: str) -> bytes:
         """All of an object."""
-        return self._existing(key).read_bytes()
+        with self._open(key) as file:
+            return file.read()
 
     def range(self, key: str, start: int, end: int) -> bytes:
         """Bytes start..end, both included, as in HTTP; shorter where the object ends."""
-        with self._existing(key).open("rb") as file:
+        with self._open(key) as file:
             file.seek(start)
             return file.read(end - start + 1)
 
     def head(self, key: str) -> ObjectInfo:
         """The object's length."""
-        return ObjectInfo(key, self._existing(key).stat().st_size)
+        with self._open(key) as file:
+            return ObjectInfo(key, os.fstat(file.fileno()).st_size)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Objects whose key begins with prefix, by key."""
-        for path in sorted(self.root.rglob("*")):
+        """Objects whose key begins with prefix, by key; what is deleted meanwhile may be missing.
+
+        Only the folder that the prefix names is read.
+        """
+        folder = self.root / prefix.rpartition("/")[0]
+        for path in sorted(folder.rglob("*")):
             key = path.relative_to(self.root).as_posix()
-            if path.is_file() and self.incoming not in path.parents and key.startswith(prefix):
-                yield ObjectInfo(key, path.stat().st_size)
+            if not key.startswith(prefix) or self.incoming in path.parents:
+                continue
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            if stat.S_ISREG(status.st_mode):
+                yield ObjectInfo(key, status.st_size)
 
     def delete(self, key: str) -> None:
         """Remove an object if it is there."""
         self.path(key).unlink(missing_ok=True)
+
+    def delete_unfinished(self, min_age_s: float) -> None:
+        """Remove what puts that were killed have left, if it is at least that old."""
+        for partial in self.incoming.glob("*"):
+            with contextlib.suppress(FileNotFoundError):  # its put has come to its end
+                # By when it was moved in: a moved file keeps the time of its last write.
+                if time.time() - partial.stat().st_ctime >= min_age_s:
+                    partial.unlink()
 
     def path(self, key: str) -> Path:
         """The file of a key; ValueError for a key that would leave the directory."""
@@ -112,8 +140,24 @@ class LocalObjectStore:
             raise ValueError(f"not an object key: {key!r}")
         return path
 
-    def _existing(self, key: str) -> Path:
-        path = self.path(key)
-        if not path.is_file():
-            raise ObjectNotFound(key)
-        return path
+    def _open(self, key: str) -> BinaryIO:
+        try:
+            return self.path(key).open("rb")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise ObjectNotFound(key) from None
+
+    def _make_folder(self, folder: Path) -> None:
+        """With its parents, each on disk in the one above."""
+        if not folder.is_dir():
+            self._make_folder(folder.parent)
+            folder.mkdir(exist_ok=True)
+            _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    """What the file holds, or which names the folder has, is on disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,9 +1,12 @@
 """What a model is asked: one frozen request, complete enough to make the same video again."""
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
+
+STORED_INPUTS = ("start_image", "source_video", "continues")
 
 
 class ModelFamily(StrEnum):
@@ -77,8 +80,13 @@ class VideoRequest(BaseModel, frozen=True, extra="forbid"):
         """The frames of the finished video."""
         return self.continued_frames + self.new_frames
 
-    @property
-    def stored_inputs(self) -> list[str]:
-        """The keys of what this request needs from the object store."""
-        keys = (self.start_image, self.source_video, self.continues)
-        return [key for key in keys if key is not None]
+
+class StoredRequest(VideoRequest, frozen=True, extra="ignore"):
+    """A request for showing only: written, it may be, by a newer version whose fields are unknown
+    here. What is run must be a VideoRequest.
+    """
+
+
+def stored_inputs(fields: Mapping[str, Any]) -> list[str]:
+    """The keys of what a request needs from the object store, of any version's fields."""
+    return [fields[name] for name in STORED_INPUTS if fields.get(name) is not None]

@@ -92,6 +92,23 @@ def test_disabling_ends_what_is_queued_and_asks_what_runs(
     assert door.as_account()("POST", "/v1/videos", json={"prompt": "x"}).status_code == 200
 
 
+def test_a_kill_right_after_disabling_leaves_no_job_that_runs_on(
+    engine: Engine, door: Door, admin: Caller, alice: Account, a_job: AJob,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    running, queued = a_job(alice), a_job(alice)
+    lease_now(engine)
+
+    def die(*_: Any) -> None:
+        raise SystemError("killed")
+
+    monkeypatch.setattr("deployments.admin_routes.AdminRoutes._end_queued", die)
+    assert admin("PATCH", "/admin/v1/accounts/alice", json={"disabled": True}).status_code == 500
+    assert read_account(engine, "alice").disabled
+    assert job_now(engine, running).cancel_requested
+    assert job_now(engine, queued).cancel_requested
+
+
 def test_an_owner_makes_rotates_and_revokes_keys(door: Door, admin: Caller, alice: Account) -> None:
     call = door.as_account()
     made = call("POST", "/v1/keys", json={"name": "ci"}).json()

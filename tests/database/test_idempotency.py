@@ -1,16 +1,21 @@
 """The same request sent twice is one job and one charge."""
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, update
+from pytest_httpserver import HTTPServer
+from sqlalchemy import Engine, select, update
+from werkzeug.wrappers import Response
 
 from credits.accounts import Account
 from credits.ledger import grant
 from credits.pricing import Credits
+from deployments.idempotency import Attempt
 from jobs.tables import jobs
+from models.request import VideoRequest
 from tests.conftest import read_account
 from tests.database.conftest import Door, png
 
@@ -107,6 +112,65 @@ def test_a_retry_that_overtakes_its_first_attempt_makes_one_job(
         thread.join()
     assert len({answer.json()["id"] for answer in answers}) == 1
     assert read_account(engine, "alice").open_reservations == 1
+
+
+@pytest.fixture
+def images() -> Iterator[HTTPServer]:
+    """One that answers while another request is held up."""
+    with HTTPServer(threaded=True) as server:
+        yield server
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_an_attempt_that_its_own_retry_has_overtaken_is_answered_with_that_job(
+    engine: Engine, door: Door, alice: Account, images: HTTPServer, cancelled: bool
+) -> None:
+    """The first is held up by the server of its image; its client gives up, and sends it again."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    def serve(_request: Any) -> Response:
+        if not asked.is_set():
+            asked.set()
+            assert go_on.wait(30)
+        return Response(png(32, 32), content_type="image/png")
+
+    images.expect_request("/x.png").respond_with_handler(serve)
+    body = {**BODY, "input_reference": images.url_for("/x.png")}
+    answers: list[Any] = []
+    late = threading.Thread(
+        target=lambda: answers.append(create(door, body, x_stainless_retry_count="0"))
+    )
+    late.start()
+    assert asked.wait(30)
+    other = create(door, body, x_stainless_retry_count="0").json()  # asked for on purpose
+    retried = create(door, body, x_stainless_retry_count="1").json()
+    assert retried["id"] == other["id"]
+    with engine.begin() as connection:  # as if there were no other: then the retry makes one
+        connection.execute(update(jobs).values(fields_hash="other"))
+    retried = create(door, body, x_stainless_retry_count="1").json()
+    assert retried["id"] != other["id"]
+    if cancelled:
+        door.as_account()("DELETE", f"/v1/videos/{retried['id']}")
+    go_on.set()
+    late.join()
+    assert answers[0].json()["id"] == retried["id"]
+    assert read_account(engine, "alice").open_reservations == 2 - cancelled
+    held = {other["id"]} if cancelled else {other["id"], retried["id"]}
+    assert {info.key for info in door.store.list("inputs/")} == {f"inputs/{name}" for name in held}
+
+
+def test_a_later_request_is_not_answered_with_the_job_of_an_earlier_ones_retry(
+    engine: Engine, door: Door, alice: Account, a_request: Callable[..., VideoRequest]
+) -> None:
+    retried = create(door, x_stainless_retry_count="1").json()
+    with engine.begin() as connection:
+        connection.execute(update(jobs).values(created_at_ms=jobs.c.created_at_ms - 2000))
+        fields_hash = connection.execute(select(jobs.c.fields_hash)).scalar_one()
+    late = Attempt(fields_hash, arrived_s=time.monotonic() - 1.0)
+    assert late.may_be_overtaken
+    assert door.admission.admit(alice, a_request(), attempt=late).id != retried["id"]
+    early = Attempt(fields_hash, arrived_s=time.monotonic() - 3.0)
+    assert door.admission.admit(alice, a_request(), attempt=early).id == retried["id"]
 
 
 def test_fifty_threads_with_one_key_make_one_job(

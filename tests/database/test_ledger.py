@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import pytest
-from sqlalchemy import Connection, Engine, func, select, text, update
+from sqlalchemy import Connection, Engine, func, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from credits import ledger
@@ -26,6 +26,7 @@ from credits.ledger import (
     new_reservation_id,
     reserve,
     settle,
+    settlements,
 )
 from credits.plans import TooManyJobs
 from credits.pricing import Credits
@@ -182,6 +183,60 @@ def test_money_rows_are_append_only_in_the_database(
     change = {"settlements": "refunded = 0"}.get(table, "amount = 1")
     with pytest.raises(IntegrityError, match="append-only"), engine.begin() as connection:
         connection.execute(text(statement.format(table, change)))
+
+
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [
+        ("ledger_entries", "number"),
+        ("ledger_entries", "reservation_id"),
+        ("reservations", "id"),
+        ("settlements", "reservation_id"),
+    ],
+)
+def test_no_insert_puts_another_money_row_in_the_place_of_one(
+    engine: Engine, an_account: AnAccount, table: str, key: str
+) -> None:
+    """SQLite has INSERT OR REPLACE for it; PostgreSQL's words for it are an UPDATE."""
+    settle_now(engine, reserve_now(engine, an_account(), 60), 60)
+    with engine.begin() as connection:
+        kind = " WHERE kind = 'confirm'" if table == "ledger_entries" else ""
+        row = dict(connection.execute(text(f"SELECT * FROM {table}{kind}")).one()._mapping)
+    columns = [name for name in row if not (name == "number" and key != "number")]
+    values = ", ".join(f":{name}" for name in columns)
+    insert = f"INTO {table} ({', '.join(columns)}) VALUES ({values})"
+    if engine.dialect.name == "sqlite":
+        statement = f"INSERT OR REPLACE {insert}"
+    else:
+        keys = (
+            "reservation_id, kind" if (table, key) == ("ledger_entries", "reservation_id") else key
+        )
+        changed = columns[-1]
+        statement = f"INSERT {insert} ON CONFLICT ({keys}) DO UPDATE SET {changed} = :{changed}"
+    with pytest.raises(IntegrityError, match="append-only"), engine.begin() as connection:
+        connection.execute(text(statement), row)
+
+
+@pytest.mark.parametrize(("confirmed", "refunded"), [(60, 1), (0, 59), (61, 0), (0, 0)])
+def test_the_database_refuses_a_settlement_of_another_sum(
+    engine: Engine, an_account: AnAccount, confirmed: int, refunded: int
+) -> None:
+    reservation = reserve_now(engine, an_account(), 60)
+    values = {"reservation_id": reservation, "confirmed": confirmed, "refunded": refunded}
+    with pytest.raises(IntegrityError, match="whole reservation"), engine.begin() as connection:
+        connection.execute(insert(settlements).values(values))
+
+
+def test_the_database_refuses_a_second_entry_of_a_kind(
+    engine: Engine, an_account: AnAccount
+) -> None:
+    settle_now(engine, reserve_now(engine, an_account(), 60), 60)
+    with engine.begin() as connection:
+        confirm = entries.c.kind == "confirm"
+        row = dict(connection.execute(select(entries).where(confirm)).one()._mapping)
+    del row["number"]
+    with pytest.raises(IntegrityError), engine.begin() as connection:
+        connection.execute(insert(entries).values(row))
 
 
 @pytest.mark.parametrize("column", ["available", "reserved", "spent"])

@@ -80,3 +80,14 @@ def test_an_account_that_shows_too_much_is_an_imbalance(
     with engine.begin() as connection:
         connection.execute(text("UPDATE accounts SET available = available + 7"))
     assert read(door)["mutoscope_ledger_imbalance",] == 7
+
+
+def test_accounts_that_differ_do_not_make_up_for_each_other(
+    engine: Engine, door: Door, alice: Account, an_account: Callable[..., Account]
+) -> None:
+    an_account("bob")
+    change = "UPDATE accounts SET available = available + {} WHERE id = '{}'"
+    with engine.begin() as connection:
+        for amount, account_id in ((5, "alice"), (-5, "bob")):
+            connection.execute(text(change.format(amount, account_id)))
+    assert read(door)["mutoscope_ledger_imbalance",] == 10

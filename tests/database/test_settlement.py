@@ -2,21 +2,25 @@
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, event, update
 from sqlalchemy.exc import OperationalError
 
 from credits.accounts import Account
 from credits.plans import TooManyJobs
 from credits.pricing import WorkWeights
 from deployments.checkpoints import checkpoint_key
+from deployments.config import LeaseConfig
+from deployments.expiry import expire_jobs
 from deployments.idempotency import Attempt
 from deployments.purge import Purger
-from deployments.settlement import Ending, WorkDone, cancellation, settle
-from jobs.job import Job, JobState, Outcome
-from jobs.store import LeaseLost
+from deployments.settlement import Ending, WorkDone, cancellation, settle, work_told
+from jobs.job import Job, JobEvent, JobState, Outcome, Phase, Progress
+from jobs.store import LeaseLost, move, record
+from jobs.tables import jobs
 from media.object_store import LocalObjectStore
 from media.renditions import Rendition, rendition_key
 from models.request import VideoRequest
@@ -168,3 +172,106 @@ def test_a_job_that_has_ended_has_no_checkpoint(
         store.put(checkpoint_key(kept.id), b"state")
     settle_now(engine, store, job, WorkDone(1), Ending(state, "over", charge_work=False))
     assert [info.key for info in store.list("checkpoints/")] == [checkpoint_key(other.id)]
+
+
+def write_by_a_newer_version(engine: Engine, job: Job) -> Job:
+    with engine.begin() as connection:
+        fields = {**job.request, "start_image": f"inputs/{job.id}", "camera": "orbit"}
+        connection.execute(update(jobs).where(jobs.c.id == job.id).values(request=fields))
+    return job_now(engine, job)
+
+
+def test_a_job_of_a_newer_version_is_shown_and_its_credits_come_back(
+    engine: Engine, store: LocalObjectStore, alice: Account, a_job: AJob, door: Any
+) -> None:
+    job = write_by_a_newer_version(engine, a_job(alice))
+    store.put(f"inputs/{job.id}", b"image")
+    assert door.as_account()("GET", "/v1/videos").json()["data"][0]["prompt"] == "a red circle"
+    lease_now(engine)
+    failure = Ending(JobState.FAILED, "fault", charge_work=False, error_code="internal")
+    settle_now(engine, store, job, WorkDone(), failure)
+    assert read_account(engine, alice.id).available == alice.available
+    assert list(store.list("")) == []
+
+
+def test_a_job_of_a_newer_version_can_be_cancelled_and_expires(
+    engine: Engine, store: LocalObjectStore, alice: Account, a_job: AJob, door: Any
+) -> None:
+    cancelled = write_by_a_newer_version(engine, a_job(alice))
+    assert door.as_account()("DELETE", f"/v1/videos/{cancelled.id}").status_code == 200
+    assert job_now(engine, cancelled).state is JobState.CANCELLED
+    overdue = write_by_a_newer_version(engine, a_job(alice))
+    with engine.begin() as connection:
+        connection.execute(update(jobs).values(created_at_ms=1))
+    assert expire_jobs(engine, store, WorkWeights(), LeaseConfig(), "sweeper") == 1
+    assert job_now(engine, overdue).state is JobState.FAILED
+    assert read_account(engine, alice.id).reserved == 0
+
+
+def tell(engine: Engine, job: Job, *moments: Progress) -> None:
+    for progress in moments:
+        with engine.begin() as connection:
+            record(connection, job.id, "me", progress)
+
+
+def test_work_that_was_told_is_charged_though_its_pipeline_is_dead(
+    engine: Engine, alice: Account, a_job: AJob, door: Any
+) -> None:
+    """As if its denoiser was to go on in another tier, where nobody has taken it yet."""
+    job = a_job(alice, num_steps=10)
+    assert work_told(engine, job) == WorkDone()
+    lease_now(engine)
+    steps = [Progress(Phase.DENOISE, 1, step=step, num_steps=10) for step in range(6)]
+    tell(engine, job, Progress(Phase.TEXT, 1), *steps)
+    with engine.begin() as connection:
+        move(connection, job.id, "me", "local")
+    assert work_told(engine, job_now(engine, job)) == WorkDone(text=1, denoise=5)
+    assert door.as_account()("DELETE", f"/v1/videos/{job.id}").status_code == 200
+    assert job_now(engine, job).charged == 12
+
+
+def test_steps_that_a_source_video_saves_are_not_recalled_as_made() -> None:
+    def event(seq: int, progress: Progress) -> JobEvent:
+        return JobEvent(seq, progress, 0, None)
+
+    done = WorkDone()
+    steps = [0, 7, 8, 0, 8, 9]  # begun at step 6; a second attempt went on from a checkpoint
+    done.recall([event(seq, Progress(Phase.DENOISE, 1, step)) for seq, step in enumerate(steps)])
+    assert done == WorkDone(text=1, denoise=3)
+    done.recall([event(9, Progress(Phase.DECODE, 1, frame=8))])
+    assert done == WorkDone(text=1, denoise=3, decode=8)
+
+
+@pytest.mark.parametrize(
+    ("purge", "name"),
+    [(Purger.purge_unpublished, "videos/{}.mp4"), (Purger.purge_orphans, "inputs/{}")],
+)
+def test_a_file_that_cannot_be_deleted_keeps_no_other(
+    engine: Engine, store: LocalObjectStore, alice: Account, a_job: AJob,
+    purge: Callable[[Purger], None], name: str,
+) -> None:  # fmt: skip
+    ended = [a_job(alice), a_job(alice)]
+    for _ in ended:
+        lease_now(engine)
+    for job in ended:
+        settle_now(engine, store, job, WorkDone(), cancellation())
+    orphans = [name.format(job.id) for job in ended]
+    for key in orphans:
+        store.put(key, b"1")
+    obstacle, other = map(store.path, orphans)
+    purger = Purger(engine, store)
+    purger.suspects = set(orphans)
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path == obstacle:
+            raise PermissionError(path)
+        unlink(path, missing_ok=missing_ok)
+
+    with pytest.MonkeyPatch.context() as disk:
+        disk.setattr(Path, "unlink", refuse)
+        purge(purger)
+    assert obstacle.exists()
+    assert not other.exists()
+    purge(purger)
+    assert not obstacle.exists()

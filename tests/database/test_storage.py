@@ -3,17 +3,20 @@
 from collections.abc import Callable
 
 import pytest
-from sqlalchemy import Engine, update
+from sqlalchemy import Engine, select, update
 
 from credits.accounts import Account, accounts
 from credits.plans import Plan
 from credits.pricing import WorkWeights
+from deployments.purge import Purger
 from deployments.settlement import Ending, WorkDone, settle
 from jobs.job import Job, JobState
 from jobs.store import stored_bytes
+from jobs.tables import jobs, now_ms
 from media.object_store import LocalObjectStore
-from tests.conftest import read_account
-from tests.database.conftest import Door, job_now, lease_now
+from media.renditions import Rendition, rendition_key
+from tests.conftest import ADMIN_KEY, read_account
+from tests.database.conftest import Caller, Door, job_now, lease_now
 
 AJob = Callable[..., Job]
 
@@ -75,3 +78,64 @@ def test_the_last_byte_may_be_used(
         connection.execute(update(accounts).values(stored_bytes=taken))
     answer = door.as_account()("POST", "/v1/videos", json={"prompt": "x"})
     assert answer.status_code == (507 if short_by else 200)
+
+
+DAY_MS = 86_400_000
+
+
+@pytest.mark.parametrize(("plan", "days"), [(Plan.PRO, 30), (Plan.ENTERPRISE, None)])
+def test_a_video_is_kept_for_as_long_as_the_plan_says(
+    engine: Engine, door: Door, an_account: Callable[..., Account], a_job: AJob,
+    plan: Plan, days: int | None,
+) -> None:  # fmt: skip
+    job = a_job(an_account("alice", plan=plan))
+    call = door.as_account()
+    assert call("GET", f"/v1/videos/{job.id}").json()["expires_at"] is None
+    door.store.put(rendition_key(job.id, Rendition.VIDEO), b"video")
+    finish(engine, door.store, job, 5)
+    shown = call("GET", f"/v1/videos/{job.id}").json()
+    kept = shown["expires_at"] and shown["expires_at"] - shown["completed_at"]
+    assert kept == (None if days is None else days * DAY_MS // 1000)
+    purger = Purger(engine, door.store)
+    pass_time(engine, (days or 10_000) * DAY_MS - 60_000)
+    purger.delete_expired()
+    assert call("GET", f"/v1/videos/{job.id}").status_code == 200
+    pass_time(engine, 61_000)
+    purger.delete_expired()
+    purger.delete_expired()
+    purger.purge_videos()
+    gone = days is not None
+    assert call("GET", f"/v1/videos/{job.id}").status_code == (404 if gone else 200)
+    assert used(engine) == (0 if gone else 5)
+    assert len(list(door.store.list("videos/"))) == (0 if gone else 1)
+
+
+def pass_time(engine: Engine, ms: int) -> None:
+    with engine.begin() as connection:
+        connection.execute(update(jobs).values(expires_at_ms=jobs.c.expires_at_ms - ms))
+
+
+def test_with_another_plan_videos_are_kept_as_that_says_from_then_on(
+    engine: Engine, door: Door, an_account: Callable[..., Account], a_job: AJob
+) -> None:
+    alice = an_account("alice", plan=Plan.PRO)
+    made, queued, deleted = a_job(alice), a_job(alice), None
+    finish(engine, door.store, made, 5)
+    deleted = a_job(alice)
+    door.as_account()("DELETE", f"/v1/videos/{deleted.id}")
+    pass_time(engine, 29 * DAY_MS)
+    admin = Caller(door.client, {"authorization": f"Bearer {ADMIN_KEY}"})
+    for plan, days in (("enterprise", None), ("basic", 7), ("pro", 30)):
+        admin("PATCH", "/admin/v1/accounts/alice", json={"plan": plan})
+        kept = None if days is None else days * DAY_MS
+        with engine.begin() as connection:
+            now = int(connection.execute(select(now_ms())).scalar_one())
+        row = job_now(engine, made)
+        assert job_now(engine, queued).kept_ms == row.kept_ms == kept
+        if kept is None:
+            assert row.expires_at_ms is None
+        else:
+            assert row.expires_at_ms is not None
+            assert abs(row.expires_at_ms - now - kept) < 10_000
+        assert job_now(engine, queued).expires_at_ms is None
+        assert job_now(engine, deleted).expires_at_ms is None

@@ -18,6 +18,7 @@ from deployments.database import migrate, open_database, reader, retry_while_awa
 from deployments.purge import Purger
 from jobs.events import events_after
 from jobs.job import Job, JobState, Outcome, Phase, Progress
+from jobs.retention import mark_deleted, mark_purged, purgeable
 from jobs.store import (
     JobNotFound,
     LeaseLost,
@@ -27,10 +28,7 @@ from jobs.store import (
     get_job,
     lease,
     list_jobs,
-    mark_deleted,
-    mark_purged,
     move,
-    purgeable,
     record,
     request_cancel,
 )

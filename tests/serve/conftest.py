@@ -1,5 +1,7 @@
 """One real cluster for all tests here: the shipped configuration and the shipped model."""
 
+import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,11 +45,27 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster(config_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with running_cluster(config_path, tmp_path_factory.mktemp("home")) as cluster:
+def elsewhere() -> Iterator[Path]:
+    """What the cluster takes for its user's folder and for the one of temporary files."""
+    with tempfile.TemporaryDirectory(prefix="m") as folder:  # short: Ray's sockets are named by it
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def cluster(
+    config_path: Path, elsewhere: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    with contextlib.ExitStack() as running:
+        with pytest.MonkeyPatch.context() as shell:
+            for name in ("HOME", "TMPDIR"):
+                shell.setenv(name, str(elsewhere))
+            home = tmp_path_factory.mktemp("home")
+            cluster = running.enter_context(running_cluster(config_path, home))
         yield cluster
         children = cluster.process.children(recursive=True)
     assert [child for child in children if child.is_running()] == []
+    # The session folder of Ray, and nothing of ours.
+    assert [path.name for path in elsewhere.iterdir()] == ["ray"]
 
 
 def until(client: Client, video_id: str, reached: Callable[[Event], bool]) -> dict[str, Any]:

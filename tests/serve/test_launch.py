@@ -14,12 +14,17 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from sqlalchemy import select
 
 from bench.clusters import ROOT, Cluster, environment, free_port, start
+from deployments.database import open_database, reader
+from jobs.tables import jobs
+from tests.serve.conftest import wait_until
 
 pytestmark = pytest.mark.serve
 
 STOP_S = 15.0
+DEMO_S = 90.0
 MUTOSCOPE = Path(sys.executable).with_name("mutoscope")
 
 
@@ -60,6 +65,62 @@ def test_a_damaged_checkpoint_stops_the_deployment_by_name(
     assert process.returncode == 1
     assert "ready" not in output
     assert "vae/diffusion_pytorch_model.safetensors" in errors
+
+
+@pytest.mark.long
+def test_without_a_local_account_a_server_has_no_key_to_tell(
+    config_path: Path, tmp_path: Path
+) -> None:
+    config = yaml.safe_load(config_path.read_text())
+    del config["applications"][0]["args"]["local_account"]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    scratch = tmp_path / "home" / "scratch"
+    scratch.mkdir(parents=True)
+    (scratch / "half").write_bytes(b"1")
+    with start(path, free_port(), tmp_path / "home") as process:
+        assert process.stdout is not None
+        assert "ready" in process.stdout.readline()
+        assert not (scratch / "half").exists()  # left by a server that was killed
+        process.terminate()
+        assert "API key" not in process.stdout.read()
+        assert process.wait(STOP_S) == 0
+
+
+@pytest.mark.long
+def test_the_demo_takes_any_prompt_and_a_second_interrupt_leaves_no_cluster(
+    tmp_path: Path,
+) -> None:
+    prompt = """a "blue" ball's path; $(touch pwned) `id` \\ moving left"""
+    home = tmp_path / "home"
+    demo = subprocess.Popen(
+        ["make", "demo", f"PROMPT={prompt.replace('$', '$$')}"],
+        cwd=ROOT,
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with demo, contextlib.ExitStack() as ending:
+        ending.callback(demo.terminate)
+        assert demo.stdout is not None
+        while "cluster ready" not in (line := demo.stdout.readline()):
+            assert line, "the demo ended"
+        engine = open_database(f"sqlite:///{home / 'mutoscope.db'}")
+
+        def prompts() -> list[str]:
+            with reader(engine).begin() as connection:
+                return [row.request["prompt"] for row in connection.execute(select(jobs.c.request))]
+
+        wait_until(lambda: prompts() == [prompt], 30)
+        engine.dispose()
+        os.killpg(demo.pid, signal.SIGINT)
+        while "stopping" not in (line := demo.stdout.readline()):
+            assert line, "the demo ended"
+        os.killpg(demo.pid, signal.SIGINT)
+        assert demo.wait(STOP_S + 5) != 0
+    assert processes_with(home) == []
+    assert not (ROOT / "pwned").exists()
 
 
 def ignore_interrupts() -> None:
@@ -210,6 +271,9 @@ def test_the_readme_does_what_it_says(tmp_path: Path) -> None:
                 assert done.stdout.splitlines()[-1].startswith("mk_live_")
             if text.strip() == "make demo":
                 assert processes_with(home) == []
+                took = re.search(r"all done in ([\d.]+) s", done.stdout)
+                assert took is not None
+                assert float(took[1]) <= DEMO_S
             executed.append(text.split()[0] + " " + text.split()[1])
     finally:
         if server is not None:

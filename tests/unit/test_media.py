@@ -1,8 +1,11 @@
 """MP4 files are what players expect; objects appear whole or not at all."""
 
 import io
+import os
+import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -111,6 +114,59 @@ def test_a_list_shows_finished_objects_under_a_prefix(store: LocalObjectStore) -
     (store.incoming / "half").write_bytes(b"1")
     assert [info.key for info in store.list("videos/")] == ["videos/a", "videos/b"]
     assert len(list(store.list(""))) == 3
+
+
+def test_a_list_goes_on_past_what_is_deleted_meanwhile(store: LocalObjectStore) -> None:
+    for key in ("videos/a", "videos/b", "videos/c"):
+        store.put(key, b"1")
+    listed = store.list("videos/")
+    assert next(listed).key == "videos/a"
+    store.delete("videos/b")
+    assert [info.key for info in listed] == ["videos/c"]
+
+
+def test_a_list_reads_no_folder_but_the_prefix_one(store: LocalObjectStore) -> None:
+    store.put("inputs/c", b"1")
+    store.put("videos/a", b"1")
+    opened: list[str] = []
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("os.scandir", "os.listdir"):
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(watch)
+    assert [info.key for info in store.list("inputs/")] == ["inputs/c"]
+    assert {Path(folder).name for folder in opened} == {"inputs"}
+
+
+def test_what_a_put_promises_is_on_disk_with_its_name(
+    store: LocalObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(str(store.root)))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    store.put("videos/new/a", b"1")
+    content, *names = synced
+    assert content.startswith("/.incoming/")
+    # Each new folder's name, and last the object's.
+    assert names[-3:] == ["", "/videos", "/videos/new"]
+
+
+def test_what_a_killed_put_left_is_deleted_when_it_is_old(store: LocalObjectStore) -> None:
+    store.put("a", b"1")
+    half = store.incoming / "half"
+    half.write_bytes(b"1")
+    os.utime(half, (0, 0))  # a file that is moved in may have been written long ago
+    store.delete_unfinished(60.0)
+    assert half.exists()
+    store.delete_unfinished(0.0)
+    assert not half.exists()
+    assert store.get("a") == b"1"
 
 
 def test_what_is_deleted_is_gone(store: LocalObjectStore) -> None:
