@@ -39,6 +39,8 @@ def add_account_commands(commands: "argparse._SubParsersAction[argparse.Argument
     create.add_argument("--expires-in-s", type=int, metavar="S")
     listed = _add(keys, "list", _list_keys, "an account's keys")
     listed.add_argument("account")
+    rotate = _add(keys, "rotate", _rotate_key, "end a key and make another; it is the last line")
+    rotate.add_argument("key")
     revoke = _add(keys, "revoke", _revoke_key, "end a key's validity at once")
     revoke.add_argument("key")
 
@@ -87,7 +89,14 @@ def _create_key(client: Client, arguments: argparse.Namespace) -> None:
     body: dict[str, Any] = {"name": arguments.name}
     if arguments.expires_in_s is not None:
         body["expires_in_s"] = arguments.expires_in_s
-    key = client.call("POST", f"/admin/v1/accounts/{arguments.account}/keys", json=body)
+    _print_key(client.call("POST", f"/admin/v1/accounts/{arguments.account}/keys", json=body))
+
+
+def _rotate_key(client: Client, arguments: argparse.Namespace) -> None:
+    _print_key(client.call("POST", f"/admin/v1/keys/{arguments.key}/rotate"))
+
+
+def _print_key(key: dict[str, Any]) -> None:
     print(key["id"])
     print(key["key"])
 

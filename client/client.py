@@ -16,7 +16,7 @@ CONNECT_TIMEOUT_S = 10.0
 STREAM_TIMEOUT_S = 60.0
 RECONNECT_S = 1.0
 MAX_RECONNECTS = 60
-LAST_EVENTS = ("completed", "failed", "cancelled")
+LAST_EVENTS = ("completed", "failed")
 
 
 class ApiError(Exception):

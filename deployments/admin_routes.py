@@ -21,7 +21,7 @@ from credits.pricing import Credits, WorkWeights
 from deployments.authentication import AdminAuthenticator, keyed_router
 from deployments.create_routes import Waker
 from deployments.database import reader
-from deployments.key_routes import issue_key
+from deployments.key_routes import issue_key, replace_key
 from deployments.paging import Page
 from deployments.settlement import cancel
 from deployments.wire import account_json, audit_json, job_json, key_json
@@ -68,6 +68,7 @@ class AdminRoutes:
         add("/accounts/{account_id}/keys", self.list_keys, methods=["GET"])
         add("/accounts/{account_id}/jobs", self.list_jobs, methods=["GET"])
         add("/keys/{key_id}", self.revoke_key, methods=["DELETE"])
+        add("/keys/{key_id}/rotate", self.rotate_key, methods=["POST"])
         add("/audit", self.list_audit, methods=["GET"])
         return router
 
@@ -137,6 +138,11 @@ class AdminRoutes:
             account = get_account(connection, account_id)
             keys = list_api_keys(connection, account.id)
         return {"object": "list", "data": [key_json(key) for key in keys]}
+
+    def rotate_key(self, key_id: str) -> dict[str, Any]:
+        """A new key in place of any account's, which ends at once."""
+        with self.engine.begin() as connection:
+            return replace_key(connection, key_id, self.pepper, ADMIN)
 
     def revoke_key(self, key_id: str) -> dict[str, Any]:
         """End a key's validity at once, on every replica."""

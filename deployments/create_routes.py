@@ -17,7 +17,7 @@ from deployments.database import single_reader
 from deployments.errors import VideoFailed, VideoNotReady
 from deployments.estimate import make_estimate
 from deployments.idempotency import Attempt, read_attempt
-from deployments.openapi import CREATE_BODY, DERIVE_BODY, REMIX_BODY
+from deployments.openapi import CREATE_BODY, DERIVE_BODY, REMIX_BODY, SYNC_ANSWERS
 from deployments.progress import EventFeed
 from deployments.request_body import CreateBody, parse_fps, read_create_body
 from deployments.source_video import SourceVideo, read_source
@@ -36,6 +36,7 @@ REMIXED = (
     "num_steps", "guidance_scale", "flow_shift", "motion_strength", "seed",
 )  # fmt: skip
 EDIT_STRENGTH = 0.6
+GENERATED_FRAMES = range(4, 130)  # of the founding API: 128 and the first frame
 DECODED_AT_ONCE = 2
 PENDING = "inputs/pending"
 
@@ -76,18 +77,17 @@ class CreateRoutes:
         """All routes; each needs an API key."""
         router = keyed_router(self.authenticate)
 
-        def add(path: str, route: Any, body: dict[str, Any], status: int = 200) -> None:
-            router.add_api_route(
-                path, route, methods=["POST"], openapi_extra=body, status_code=status
-            )
+        def add(path: str, route: Any, body: dict[str, Any], **what: Any) -> None:
+            router.add_api_route(path, route, methods=["POST"], openapi_extra=body, **what)
 
         add("/v1/videos", self.create, CREATE_BODY)
-        add("/v1/videos/sync", self.create_and_wait, CREATE_BODY)
+        sync = {"response_class": FileResponse, "responses": SYNC_ANSWERS}
+        add("/v1/videos/sync", self.create_and_wait, CREATE_BODY, **sync)
         add("/v1/videos/edits", self.edit, DERIVE_BODY)
         add("/v1/videos/extensions", self.extend, DERIVE_BODY)
         add("/v1/videos/{video_id}/remix", self.remix, REMIX_BODY)
         add("/api/v1/video/estimate", self.estimate, CREATE_BODY)
-        add("/api/v1/video/generate", self.generate, CREATE_BODY, 202)
+        add("/api/v1/video/generate", self.generate, CREATE_BODY, status_code=202)
         characters = "/v1/videos/characters"
         router.add_api_route(characters, self.refuse_characters, methods=["POST"])
         router.add_api_route(f"{characters}/{{name}}", self.refuse_characters, methods=["GET"])
@@ -99,7 +99,7 @@ class CreateRoutes:
 
     async def generate(self, request: Request) -> JSONResponse:
         """Queue a video; the answer, 202, is its job and its price."""
-        job = await self._create(request)
+        job = await self._create(request, GENERATED_FRAMES)
         content = {
             "job_id": job.id,
             "status": STATUSES[job.state],
@@ -211,12 +211,17 @@ class CreateRoutes:
         """The API has characters; no model here does."""
         raise NotSupported(None, "characters are not supported by any model here")
 
-    async def _create(self, request: Request) -> Job:
+    async def _create(self, request: Request, frames: range | None = None) -> Job:
+        """frames: how many this route makes, whatever the model can."""
         body = await read_create_body(request)
         attempt = read_attempt(request, body, "create")
         if (first := await self._find_first(request, attempt)) is not None:
             return first
-        return await self._admit(request, body, self._resolve(body), {}, attempt)
+        resolved = self._resolve(body)
+        if frames is not None and resolved.num_frames not in frames:
+            message = f"num_frames must be {frames[0]} to {frames[-1]}"
+            raise InvalidRequest("num_frames", message)
+        return await self._admit(request, body, resolved, {}, attempt)
 
     async def _find_first(self, request: Request, attempt: Attempt) -> Job | None:
         """What was made of this request before, whatever has become of its video since."""

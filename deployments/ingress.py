@@ -28,6 +28,7 @@ from deployments.key_routes import KeyRoutes
 from deployments.live_progress import PATH, LiveProgress
 from deployments.local_account import ensure_local_account
 from deployments.metrics import metrics_response
+from deployments.openapi import describe
 from deployments.progress import EventFeed
 from deployments.rate_headers import RateHeaders
 from deployments.url_guard import UrlGuardConfig
@@ -130,6 +131,7 @@ def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
         methods=["GET"],
         response_class=PlainTextResponse,
     )
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]  # FastAPI's documented way
     app.add_api_route("/healthz", lambda: {"status": "ok"}, methods=["GET"])
     return app
 

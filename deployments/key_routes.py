@@ -50,11 +50,7 @@ class KeyRoutes:
         """A new key in place of this one, which ends at once; it is valid as long as that was."""
         account = account_of(request)
         with self.engine.begin() as connection:
-            old = revoke_api_key(connection, key_id, account.id, only_good=True)
-            note(connection, account.id, "key.revoke", account.id, key=old.id)
-            body = KeyBody(name=old.name)
-            end = old.expires_at_ms
-            return issue_key(connection, account.id, self.pepper, body, account.id, end)
+            return replace_key(connection, key_id, self.pepper, account.id, account.id)
 
     def revoke_key(self, request: Request, key_id: str) -> dict[str, Any]:
         """End a key's validity at once, on every replica."""
@@ -63,6 +59,23 @@ class KeyRoutes:
             key = revoke_api_key(connection, key_id, account.id)
             note(connection, account.id, "key.revoke", account.id, key=key.id)
         return key_json(key)
+
+
+def replace_key(
+    connection: Connection,
+    key_id: str,
+    pepper: bytes,
+    actor: str,
+    account_id: AccountId | None = None,
+) -> dict[str, Any]:
+    """End a good key and make another, valid as long as it; KeyNotFound, as for another account's.
+
+    account_id None: whosever it is.
+    """
+    old = revoke_api_key(connection, key_id, account_id, only_good=True)
+    note(connection, actor, "key.revoke", old.account_id, key=old.id)
+    body = KeyBody(name=old.name)
+    return issue_key(connection, old.account_id, pepper, body, actor, old.expires_at_ms)
 
 
 def issue_key(

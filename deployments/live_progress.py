@@ -113,9 +113,7 @@ class LiveProgress:
             async for moment in self.feed.follow(job, after_seq, key_id):
                 if moment is not None:
                     content = {"video_id": job.id, **moment.content(self.video)}
-                    # Here, as in the Videos API, what is cancelled has failed.
-                    name = "failed" if moment.name == "cancelled" else moment.name
-                    await self.server.emit(name, content, to=sid)
+                    await self.server.emit(moment.name, content, to=sid)
         except (Unauthenticated, OperationalError) as error:
             # The client learns of it, may connect again, and goes on from the last seq it saw.
             logger.warning("progress of %s ends: %s", job.id, error)

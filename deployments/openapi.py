@@ -3,6 +3,11 @@
 from http import HTTPStatus
 from typing import Any
 
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from media.renditions import MEDIA_TYPES
+
 STRING, NUMBER, INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
 FILE = {"type": "string", "format": "binary"}
 SETTINGS: dict[str, Any] = {
@@ -56,6 +61,56 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
         status: {"description": HTTPStatus(status).phrase, "content": content}
         for status in statuses
     }
+
+
+def _file(*kinds: str) -> dict[str, Any]:
+    return {"content": {kind: {"schema": FILE} for kind in kinds}}
+
+
+RENDITIONS = _file(*MEDIA_TYPES.values())
+# Starlette answers for a file's ranges, in plain text what is wrong with them.
+CONTENT_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The whole file", **RENDITIONS},
+    206: {"description": "A part of it", **RENDITIONS},
+    400: {
+        "description": "Not a variant, or not a range",
+        "content": {"application/json": {"schema": ERROR}, "text/plain": {"schema": STRING}},
+    },
+    416: {"description": "No such part", "content": {"text/plain": {"schema": STRING}}},
+}
+SYNC_ANSWERS: dict[int | str, dict[str, Any]] = {
+    **CONTENT_ANSWERS,
+    200: {"description": "The finished MP4", **_file("video/mp4")},
+    206: {"description": "A part of it", **_file("video/mp4")},
+}
+EVENT = {
+    "type": "object",
+    "required": ["id", "event", "data"],
+    "properties": {
+        "id": STRING,
+        "event": {"type": "string", "enum": ["progress", "completed", "failed"]},
+        "data": STRING,
+    },
+}
+EVENT_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Server-sent events",
+        "content": {"text/event-stream": {"schema": EVENT}},
+    }
+}
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """The document, without the 422 that FastAPI would answer with and that here is a 400."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            document.get("components", {}).get("schemas", {}).pop(name, None)
+        app.openapi_schema = document
+    return app.openapi_schema
 
 
 def _body(required: tuple[str, ...], **files: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ KEEP_ALIVE_S, AWAY_S = 10.0, 30.0
 LAST_EVENTS = {
     JobState.SUCCEEDED: "completed",
     JobState.FAILED: "failed",
-    JobState.CANCELLED: "cancelled",
+    JobState.CANCELLED: "failed",  # as in the Videos API; its error's code is `cancelled`
 }
 
 

@@ -13,6 +13,7 @@ from deployments.authentication import Authenticator, account_of, caller_of, key
 from deployments.create_routes import Waker
 from deployments.database import reader, single_reader
 from deployments.errors import VideoNotReady
+from deployments.openapi import CONTENT_ANSWERS, EVENT_ANSWERS
 from deployments.paging import Page
 from deployments.progress import EventFeed, stream_events
 from deployments.settlement import cancel
@@ -54,10 +55,18 @@ class VideoRoutes:
         add("/v1/videos/{video_id}", self.get_video, methods=["GET"])
         add("/v1/videos/{video_id}", self.delete_video, methods=["DELETE"])
         content = "/v1/videos/{video_id}/content"
-        add(content, self.get_content, methods=["GET"])
+        file: dict[str, Any] = {"response_class": FileResponse, "responses": CONTENT_ANSWERS}
+        add(content, self.get_content, methods=["GET"], **file)
         add(content, self.get_content, methods=["HEAD"], include_in_schema=False)
-        add("/v1/videos/{video_id}/events", self.get_events, methods=["GET"])
+        add(
+            "/v1/videos/{video_id}/events",
+            self.get_events,
+            methods=["GET"],
+            response_class=StreamingResponse,
+            responses=EVENT_ANSWERS,
+        )
         add("/v1/models", self.list_models, methods=["GET"])
+        add("/v1/models/{model_id}", self.get_model, methods=["GET"])
         return router
 
     def list_videos(
@@ -136,6 +145,10 @@ class VideoRoutes:
         """The deployed models."""
         models = [model_json(offer.model) for offer in self.admission.offers.values()]
         return {"object": "list", "data": models}
+
+    def get_model(self, model_id: str) -> dict[str, Any]:
+        """One of them; ModelNotFound."""
+        return model_json(self.admission.offer(model_id).model)
 
     def _find(self, request: Request, video_id: str) -> Job:
         account = account_of(request)

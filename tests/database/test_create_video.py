@@ -233,3 +233,32 @@ def test_what_has_no_effect_is_warned_of_and_tags_are_kept(door: Door, alice: Ac
     video = door.as_account()("POST", "/v1/videos", files=files).json()
     assert video["warnings"] == ["motion_strength has no effect on z-image-video"]
     assert (video["tags"], video["user"], video["motion_strength"]) == (["a", "b"], "u1", 0.7)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"numFrames": 3}, 400),
+        ({"numFrames": 4}, 202),
+        ({"numFrames": 129}, 202),
+        ({"num_frames": 130}, 400),
+        ({"seconds": "0.25", "fps": 8}, 400),
+        ({"fps": 0}, 400),
+        ({"fps": 60}, 202),
+        ({"fps": 61}, 400),
+        ({"motionStrength": 0}, 202),
+        ({"motion_strength": 1}, 202),
+        ({"motionStrength": 1.01}, 400),
+        ({"motionStrength": -0.01}, 400),
+    ],
+)
+def test_the_founding_apis_ranges(
+    engine: Engine, door: Door, alice: Account, fields: dict[str, Any], status: int
+) -> None:
+    body = {"prompt": "x", **fields}
+    answer = door.as_account()("POST", "/api/v1/video/generate", json=body)
+    assert answer.status_code == status, answer.text
+    if status == 400:
+        named = answer.json()["error"]["param"]
+        assert named in {"num_frames", "fps", "motion_strength"}
+        assert read_account(engine, "alice").reserved == 0

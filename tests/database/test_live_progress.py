@@ -30,7 +30,7 @@ class Watcher:
         self.client = socketio.AsyncClient()
         self.heard: list[tuple[str, dict[str, Any]]] = []
         self.over = asyncio.Event()
-        for name in ("progress", "completed", "failed", "cancelled"):
+        for name in ("progress", "completed", "failed"):
             self.client.on(name, self._listen_for(name))
         self.client.on("disconnect", self._end)
 
