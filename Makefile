@@ -60,6 +60,8 @@ bench: setup
 	$(BIN)/python -m bench.prompt_adherence
 	$(BIN)/python -m bench.cluster_tax
 	$(BIN)/python -m bench.ledger_contention
+	$(BIN)/python -m bench.admission
+	$(BIN)/python -m bench.fault_points
 	$(BIN)/python -m bench.denoise_shards
 	$(BIN)/python -m bench.recovery
 	$(BIN)/python -m bench.preemption

@@ -84,12 +84,15 @@ class TierConfig(BaseModel, frozen=True, extra="forbid"):
     """One pool of denoisers and decoders.
 
     jobs_at_once: how many of the tier's jobs a pipeline replica drives at a time: as many as its
-    denoisers hold (max_ongoing_requests), running and parked. torch_threads: per process, CPU only.
+    denoisers hold (max_ongoing_requests), running and parked. express_at_once: how many more, of
+    the plans that overtake (`denoiser.urgency.express_priority`), when all of those are taken.
+    torch_threads: per process, CPU only.
     larger: the tier that takes a job whose steps do not fit into this one's memory; None: it fails.
     """
 
     tier: GpuTier
     jobs_at_once: int = Field(2, ge=1)
+    express_at_once: int = Field(1, ge=0)
     torch_threads: int | None = Field(None, ge=1)
     larger: GpuTier | None = None
     denoiser: DenoiserConfig = DenoiserConfig()

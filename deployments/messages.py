@@ -19,12 +19,16 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class DenoiseWork:
-    """A job to be denoised; priority is its plan's, queued_s how long ago it was admitted."""
+    """A job to be denoised; priority is its plan's, queued_s how long ago it was admitted.
+
+    lease: which of the job's leases asks for it; they are counted up.
+    """
 
     job_id: str
     priority: int
     queued_s: float
     request: VideoRequest
+    lease: int = 1
 
 
 @dataclass(frozen=True, slots=True)

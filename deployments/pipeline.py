@@ -139,7 +139,10 @@ class VideoPipeline:
         leased: list[Job] = []
         taken = list(self.tier_of.values())
         for tier in self.tiers:
-            for _ in range(tier.jobs_at_once - taken.count(tier.tier)):
+            most = tier.jobs_at_once + tier.express_at_once
+            for number in range(taken.count(tier.tier), most):
+                # A step scheduler can let overtake only whom it knows of.
+                is_express = number >= tier.jobs_at_once
                 with self.engine.begin() as connection:
                     job = lease(
                         connection,
@@ -148,6 +151,7 @@ class VideoPipeline:
                         self._lease_ms(),
                         set(self.running),
                         int(self.leases.ageing_s * 1000),
+                        tier.denoiser.urgency.express_priority if is_express else 0,
                     )
                 if job is None:
                     break
@@ -307,7 +311,7 @@ class VideoPipeline:
         await self._record(job, Phase.DENOISE, done, num_steps=request.num_steps)
         denoised: Denoised | None = None
         queued_s = max(0.0, time.time() - job.created_at_ms / 1000)
-        work = DenoiseWork(job.id, job.priority, queued_s, request)
+        work = DenoiseWork(job.id, job.priority, queued_s, request, lease=job.attempt)
         handle = self.denoisers[job.tier].options(multiplexed_model_id=request.model)
         steps = handle.remote(work, encoded.conditioning)
         async with _cancelled_on_exit(steps):

@@ -82,11 +82,16 @@ class StepLoop:
     async def denoise(
         self, work: DenoiseWork, conditioning: Conditioning
     ) -> AsyncIterator[Denoised]:
-        """Yield after each step; whoever leaves earlier stops the request at its next boundary."""
+        """Yield after each step; whoever leaves earlier stops the request at its next boundary.
+
+        LeaseLost as soon as a later lease of the job asks for the same.
+        """
         held = await self._take_in(work, conditioning)
-        for other in self.held.values():
-            if other.work.job_id == work.job_id:  # its pipeline is gone, or does not know it yet
-                other.fail(LeaseLost(work.job_id))
+        before = [other for other in self.held.values() if other.work.job_id == work.job_id]
+        if any(other.work.lease > work.lease for other in before):
+            raise LeaseLost(work.job_id)  # a call that was long on its way
+        for other in before:  # its pipeline is gone, or does not know it yet
+            other.fail(LeaseLost(work.job_id))
         self.held[held.id] = held
         try:
             if held.steps_left:

@@ -71,13 +71,15 @@ def lease(
     lease_ms: int,
     but: Collection[JobId] = (),
     ageing_ms: int = DEFAULT_AGEING_MS,
+    min_priority: int = 0,
 ) -> Job | None:
     """Take the next job of these tiers: one that is queued, or whose lease has run out.
 
     but: jobs that owner is at work on, whose leases it let run out unawares. ageing_ms: see
-    `jobs.order`.
+    `jobs.order`. min_priority: none of a lower one.
     """
-    free = and_(jobs.c.tier.in_(tiers), jobs.c.id.not_in(but), _is_free())
+    wanted = and_(jobs.c.tier.in_(tiers), jobs.c.priority >= min_priority)
+    free = and_(wanted, jobs.c.id.not_in(but), _is_free())
     ranked = rank_free_jobs(free, ageing_ms)
     # PostgreSQL locks no rows of a query with a window: `free` is asked again outside, where the
     # row that is locked is read anew.

@@ -8,6 +8,7 @@ from sqlalchemy import Engine, insert, update
 from credits.accounts import Account
 from jobs.job import Job
 from jobs.order import Waiting, next_in_line
+from jobs.store import lease
 from jobs.tables import jobs, now_ms
 from tests.database.conftest import lease_now
 
@@ -74,6 +75,13 @@ def test_a_higher_plan_goes_first_until_others_have_waited_too_long(engine: Engi
     high = Waiting(3, "c", 2, 1000)
     put(engine, [low_fresh, low_old, high])
     assert lease_all(engine) == [2, 3, 1]
+
+
+def test_only_plans_from_a_priority_on_are_leased_if_one_is_named(engine: Engine) -> None:
+    put(engine, [Waiting(1, "a", 2, 10 * AGEING_MS), Waiting(2, "b", 3, 0), Waiting(3, "c", 4, 0)])
+    with engine.begin() as connection:
+        leased = [lease(connection, "me", ["local"], 60_000, min_priority=3) for _ in range(3)]
+    assert [job and job.number for job in leased] == [3, 2, None]
 
 
 def test_the_sql_keeps_to_the_order_in_words(engine: Engine) -> None:

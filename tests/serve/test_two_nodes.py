@@ -284,6 +284,28 @@ def test_the_same_job_again_ends_the_one_that_nobody_waits_for(
     assert np.array_equal(latents, expected)
 
 
+def test_a_call_of_an_earlier_lease_that_comes_late_ends_nothing(
+    denoiser: DeploymentHandle[Any], request_: VideoRequest, conditioning: Conditioning
+) -> None:
+    handle: Any = denoiser.options(method_name="denoise", stream=True)
+    refused: list[str] = []
+
+    def come_late() -> None:
+        try:
+            for _ in handle.remote(DenoiseWork("leased", 3, 0.0, request_, lease=1), conditioning):
+                refused.append("made a step")
+        except LeaseLost:
+            refused.append("lease lost")
+
+    made = list[int]()
+    for denoised in handle.remote(DenoiseWork("leased", 3, 0.0, request_, lease=2), conditioning):
+        made.append(denoised.step)
+        if denoised.step == 2:
+            come_late()
+    assert refused == ["lease lost"]
+    assert made == list(range(1, NUM_STEPS + 1))
+
+
 def test_requests_alike_make_their_steps_in_one(
     batching: DeploymentHandle[Any], request_: VideoRequest, conditioning: Conditioning
 ) -> None:
