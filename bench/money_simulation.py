@@ -38,13 +38,16 @@ class Simulation:
             "progress": (3, lambda: world.progress(self._owner(), self._job(), self._percent())),
             "finish": (5, self._finish),
             "cancel": (2, lambda: world.cancel(self._job())),
+            "retry": (2, lambda: world.retry(self._account(), self.chance.choice((5, 13)))),
+            "delete": (2, lambda: world.delete(self._job())),
+            "disable": (2, lambda: world.disable(self._account(), self.chance.random() < 0.4)),
             "hang": (2, lambda: world.let_leases_run_out(self._owner())),
             "expire": (1, lambda: world.expire(self._job())),
         }
 
     def step(self) -> list[str]:
         """One act, perhaps crashed, and the laws that do not hold after it."""
-        names = list(self.acts) if self.world.num_jobs() else ["grant", "admit"]
+        names = list(self.acts) if self.world.num_jobs() else ["grant", "admit", "retry"]
         weights = [self.acts[name][0] for name in names]
         name = self.chance.choices(names, weights)[0]
         crash_at = None

@@ -14,7 +14,14 @@ from typing import Any
 from sqlalchemy import Connection, Engine, event, func, select, update
 
 from autoscaling.tiers import GpuTier, ServedOn
-from credits.accounts import AccountId, accounts, create_account, get_account
+from credits.accounts import (
+    AccountDisabled,
+    AccountId,
+    accounts,
+    create_account,
+    get_account,
+    release_bytes,
+)
 from credits.ledger import (
     AlreadySettled,
     EntryKind,
@@ -26,14 +33,18 @@ from credits.ledger import (
 )
 from credits.plans import Plan, PlanTable, TooManyJobs
 from credits.pricing import Credits, PriceTable, WorkWeights
+from deployments.admin_routes import AdminRoutes
 from deployments.admission import Admission, Offer
+from deployments.authentication import AdminAuthenticator
 from deployments.config import LeaseConfig
 from deployments.database import migrate, open_database, reader
 from deployments.expiry import expire_jobs
 from deployments.idempotency import Attempt
 from deployments.settlement import Ending, WorkDone, cancel, cancellation, settle
+from deployments.wire_bodies import AccountChange
 from jobs.job import FINAL_STATES, Job, JobId, JobState, Phase, Progress
-from jobs.store import LeaseLost, get_job, lease, record, stored_bytes
+from jobs.retention import mark_deleted
+from jobs.store import JobNotFound, LeaseLost, get_job, lease, record, stored_bytes
 from jobs.tables import job_events, jobs
 from media.object_store import LocalObjectStore
 from models.catalog import Model
@@ -42,7 +53,10 @@ NUM_ACCOUNTS = 3
 MAX_JOBS = 3
 OWNERS = ("pipeline-1", "pipeline-2")
 LEASE_MS = 3_600_000
-REFUSALS = (InsufficientCredits, TooManyJobs, LeaseLost, AlreadySettled)
+REFUSALS = (
+    *(InsufficientCredits, TooManyJobs, AccountDisabled),
+    *(LeaseLost, AlreadySettled, JobNotFound),
+)
 
 
 class Crashed(BaseException):
@@ -67,6 +81,15 @@ class World:
                 connection.execute(
                     update(accounts).where(accounts.c.id == name).values(max_jobs=MAX_JOBS)
                 )
+        self.operator = AdminRoutes(
+            self.engine,
+            self.store,
+            b"pepper",
+            PlanTable(),
+            WorkWeights(),
+            AdminAuthenticator("unused"),
+            lambda: None,
+        )
         self.crash_at: int | None = None
         self.num_statements = 0
         event.listen(self.engine, "before_cursor_execute", self._before_statement)
@@ -126,6 +149,24 @@ class World:
     def cancel(self, job: int) -> None:
         """The owner deletes a video that is not finished."""
         cancel(self.engine, self.store, WorkWeights(), self._job(job))
+
+    def retry(self, account: int, num_frames: int) -> None:
+        """A client sends again, without a key, what it has had no answer to."""
+        with reader(self.observer).begin() as connection:
+            found = get_account(connection, self.names[account])
+        request = self.model.resolve({"prompt": "x", "num_frames": num_frames, "seed": 1})
+        self.admission.admit(found, request, attempt=Attempt(f"hash-{num_frames}", is_retry=True))
+
+    def delete(self, job: int) -> None:
+        """The owner deletes a video that is finished."""
+        found = self._job(job)
+        if found.state in FINAL_STATES:
+            with self.engine.begin() as connection:
+                release_bytes(connection, found.account_id, mark_deleted(connection, found.id))
+
+    def disable(self, account: int, disabled: bool) -> None:
+        """The operator takes an account its videos, or gives them back."""
+        self.operator.change_account(self.names[account], AccountChange(disabled=disabled))
 
     def let_leases_run_out(self, owner: int) -> None:
         """A pipeline hangs or dies: none of its leases is extended."""
@@ -272,6 +313,17 @@ def events_tell_the_whole_story(connection: Connection) -> Iterator[str]:
             yield f"{job.id} is {job.state}, its events say {states}"
 
 
+def the_disabled_make_nothing(connection: Connection) -> Iterator[str]:
+    """Whatever a disabled account has queued or running is to be cancelled."""
+    going_on = (
+        select(jobs.c.id, jobs.c.account_id)
+        .join(accounts, accounts.c.id == jobs.c.account_id)
+        .where(accounts.c.disabled, jobs.c.state.not_in(FINAL_STATES), ~jobs.c.cancel_requested)
+    )
+    for row in connection.execute(going_on):
+        yield f"{row.id} goes on, though {row.account_id} is disabled"
+
+
 LAWS: tuple[Callable[[Connection], Iterator[str]], ...] = (
     balances_follow_from_the_ledger,
     what_is_open_is_reserved,
@@ -279,6 +331,7 @@ LAWS: tuple[Callable[[Connection], Iterator[str]], ...] = (
     videos_take_what_accounts_show,
     a_key_makes_one_job,
     events_tell_the_whole_story,
+    the_disabled_make_nothing,
 )
 
 
@@ -308,6 +361,7 @@ _REWRITES = {
     "no-overdraft": ("", {"accounts.available >= ": "accounts.available + 1000000 >= "}),
     "concurrency": ("", {"accounts.open_reservations < ": "accounts.open_reservations - 99 < "}),
     "idempotency": ("", {"jobs.idempotency_key = ": "'' = "}),
+    "disabled": ("UPDATE jobs", {"jobs.account_id = ": "'' = "}),
     "settle-once": (
         "finished_at_ms=",
         {"jobs.lease_owner = ": _TRUE, "jobs.state = ": _TRUE},

@@ -105,13 +105,18 @@ class AdminRoutes:
         """
         change = body.model_dump(mode="json", exclude_unset=True)
         with self.engine.begin() as connection:
+            before = get_account(connection, account_id)
+            # Jobs are locked before their account, as whoever settles one does.
+            if "plan" in change:
+                keep_for(connection, before.id, self.plans.limits[body.plan].kept_ms)
+            disables = change.get("disabled", before.disabled)
+            if disables:
+                # Whatever happens to this process: who leases one of them, or has, ends it.
+                request_cancel_of_all(connection, before.id)
             account = change_account(connection, account_id, change)
             note(connection, ADMIN, "account.change", account.id, **change)
-            if "plan" in change:
-                keep_for(connection, account.id, self.plans.limits[account.plan].kept_ms)
-            if account.disabled:
-                # Whatever happens to this process: who leases one of them, or has, ends it.
-                request_cancel_of_all(connection, account.id)
+            if disables:  # those that were admitted in between, too
+                request_cancel_of_all(connection, before.id)
         if account.disabled:
             self._end_queued(account.id)
         return account_json(account)

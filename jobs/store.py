@@ -235,9 +235,8 @@ def request_cancel(connection: Connection, job_id: JobId) -> None:
 
 def request_cancel_of_all(connection: Connection, account_id: str) -> None:
     """Ask the same for all that an account has queued or running."""
-    connection.execute(
-        update(jobs).where(jobs.c.account_id == account_id, _IS_OPEN).values(cancel_requested=True)
-    )
+    of_account = (jobs.c.account_id == account_id, _IS_OPEN, ~jobs.c.cancel_requested)
+    connection.execute(update(jobs).where(*of_account).values(cancel_requested=True))
 
 
 def open_jobs(connection: Connection, account_id: str) -> list[Job]:

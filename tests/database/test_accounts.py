@@ -1,5 +1,7 @@
 """Accounts and keys: what the operator and the owner may do, and what it does at once."""
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,13 @@ from sqlalchemy.exc import IntegrityError
 
 from credits.accounts import Account
 from credits.api_keys import Unauthenticated, account_of_key, hash_api_key, revoke_api_key
+from credits.ledger import ReservationId, settle
+from credits.pricing import Credits
 from deployments.config import LocalAccountConfig
+from deployments.database import reader
 from deployments.local_account import ensure_local_account
-from jobs.job import JobState
+from jobs.job import JobState, Outcome
+from jobs.store import finish
 from tests.conftest import ADMIN_KEY, PEPPER, read_account
 from tests.database.conftest import Caller, Door, job_now, lease_now
 
@@ -107,6 +113,36 @@ def test_a_kill_right_after_disabling_leaves_no_job_that_runs_on(
     assert read_account(engine, "alice").disabled
     assert job_now(engine, running).cancel_requested
     assert job_now(engine, queued).cancel_requested
+
+
+def test_disabling_waits_for_a_job_that_is_being_settled_and_not_it_for_disabling(
+    engine: Engine, admin: Caller, alice: Account, a_job: AJob
+) -> None:
+    """Both lock the job first and the account last: else each would wait for the other."""
+    a_job(alice)
+    job = lease_now(engine)
+    assert job is not None
+    answers: list[Any] = []
+    change = {"json": {"disabled": True, "plan": "pro"}}
+    operator = threading.Thread(
+        target=lambda: answers.append(admin("PATCH", "/admin/v1/accounts/alice", **change))
+    )
+    outcome = Outcome(JobState.FAILED, charged=0, refunded=job.quoted, reason="fault")
+    with engine.begin() as connection:
+        finish(connection, job.id, lease_owner="me", outcome=outcome)
+        operator.start()
+        if engine.dialect.name == "postgresql":
+            waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+            with reader(engine).connect() as observer:
+                deadline_s = time.monotonic() + 20
+                while not observer.execute(waiting).scalar_one():
+                    assert time.monotonic() < deadline_s
+                    observer.rollback()
+        settle(connection, ReservationId(job.reservation_id), Credits(0))
+    operator.join()
+    assert answers[0].status_code == 200
+    account = read_account(engine, "alice")
+    assert (account.disabled, account.reserved, account.available) == (True, 0, 1000)
 
 
 def test_an_owner_makes_rotates_and_revokes_keys(door: Door, admin: Caller, alice: Account) -> None:

@@ -98,6 +98,19 @@ class MoneyMachine(RuleBasedStateMachine):
     def cancel(self, job: int, crash_at: int | None) -> None:
         self.do(crash_at, lambda: self.world.cancel(job))
 
+    @rule(account=ACCOUNT, num_frames=st.sampled_from([5, 13]), crash_at=CRASH_AT)
+    def retry(self, account: int, num_frames: int, crash_at: int | None) -> None:
+        self.do(crash_at, lambda: self.world.retry(account, num_frames))
+
+    @precondition(has_jobs)
+    @rule(job=JOB, crash_at=CRASH_AT)
+    def delete(self, job: int, crash_at: int | None) -> None:
+        self.do(crash_at, lambda: self.world.delete(job))
+
+    @rule(account=ACCOUNT, disabled=st.booleans(), crash_at=CRASH_AT)
+    def disable(self, account: int, disabled: bool, crash_at: int | None) -> None:
+        self.do(crash_at, lambda: self.world.disable(account, disabled))
+
     @rule(owner=OWNER)
     def hang(self, owner: int) -> None:
         self.world.let_leases_run_out(owner)
