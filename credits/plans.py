@@ -90,6 +90,7 @@ class PlanTable(BaseModel, frozen=True, extra="forbid"):
         Plan.FREE: PlanLimits(
             max_frames=0, max_long_side=0, max_area=0, families=frozenset(),
             max_jobs=0, image_to_video=False, priority=0, max_stored_bytes=0,
+            kept_days=7,
         ),
         Plan.BASIC: PlanLimits(
             max_frames=16, max_long_side=512, max_area=512 * 512, families=BASIC_FAMILIES,

@@ -3,9 +3,10 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Query
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from credits.accounts import (
+    Account,
     AccountId,
     change_account,
     create_account,
@@ -16,7 +17,7 @@ from credits.accounts import (
 from credits.api_keys import list_api_keys, revoke_api_key
 from credits.audit import list_audit, note
 from credits.ledger import grant
-from credits.plans import PlanTable
+from credits.plans import Plan, PlanTable
 from credits.pricing import Credits, WorkWeights
 from deployments.authentication import AdminAuthenticator, keyed_router
 from deployments.create_routes import Waker
@@ -107,19 +108,23 @@ class AdminRoutes:
         with self.engine.begin() as connection:
             before = get_account(connection, account_id)
             # Jobs are locked before their account, as whoever settles one does.
-            if "plan" in change:
-                keep_for(connection, before.id, self.plans.limits[body.plan].kept_ms)
-            disables = change.get("disabled", before.disabled)
-            if disables:
-                # Whatever happens to this process: who leases one of them, or has, ends it.
-                request_cancel_of_all(connection, before.id)
+            self._change_jobs(connection, before, change)
             account = change_account(connection, account_id, change)
             note(connection, ADMIN, "account.change", account.id, **change)
-            if disables:  # those that were admitted in between, too
-                request_cancel_of_all(connection, before.id)
+            self._change_jobs(connection, before, change)  # those admitted in between, too
         if account.disabled:
             self._end_queued(account.id)
         return account_json(account)
+
+    def _change_jobs(
+        self, connection: Connection, account: Account, change: dict[str, Any]
+    ) -> None:
+        plan = Plan(change.get("plan", account.plan))
+        if plan != account.plan:
+            keep_for(connection, account.id, self.plans.limits[plan].kept_ms)
+        if change.get("disabled", account.disabled):
+            # Whatever happens to this process: who leases one of them, or has, ends it.
+            request_cancel_of_all(connection, account.id)
 
     def grant(self, account_id: str, body: GrantBody) -> dict[str, Any]:
         """Give an account credits."""

@@ -180,10 +180,10 @@ class Admission:
         assert attempt is not None
         with self.engine.begin() as connection:
             # A retry waits for the attempt that it repeats, and then sees what that one made; so
-            # does an attempt that its retry may have overtaken.
+            # does an attempt that a later one may have overtaken.
             lock_until_commit(connection, turn)
-            find = attempt.find_first if attempt.is_retry else attempt.find_retry
-            made = find(connection, account.id)
+            made = attempt.find_first(connection, account.id)
+            made = made or attempt.find_retry(connection, account.id)
             return _write(connection, values, hold, turn) if made is None else made
 
 

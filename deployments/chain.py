@@ -49,7 +49,7 @@ def bind_chain(config: AppConfig) -> Application:
     )
     media_encoder = serve.deployment()(MediaEncoder).bind(
         store,
-        settings.home / "scratch",
+        settings.home / "scratch" / "encode",
         decoders,
         [offer.model for offer in offers.values()],
         config.tiers,

@@ -110,8 +110,11 @@ def start_cluster(config: dict[str, object], home: Path) -> None:
     and a folder for what is half made.
     """
     scratch = home / "scratch"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a server that was killed: home is locked
-    scratch.mkdir()
+    scratch.mkdir(exist_ok=True)
+    for left in scratch.iterdir():  # by a server that was killed: home is locked
+        shutil.rmtree(left, ignore_errors=True)
+        if not left.is_dir():
+            left.unlink(missing_ok=True)
     # Ray's sockets have names of at most 107 characters: it stays where it would be.
     os.environ.setdefault("RAY_TMPDIR", tempfile.gettempdir())
     os.environ["TMPDIR"] = str(scratch)

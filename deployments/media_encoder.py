@@ -1,6 +1,7 @@
 """The stage that pulls frames from the decoder, writes the MP4 and publishes it."""
 
 import asyncio
+import contextlib
 import shutil
 import tempfile
 import time
@@ -41,8 +42,9 @@ class MediaEncoder:
         self.scratch = scratch
         self.scratch.mkdir(parents=True, exist_ok=True)
         for left in self.scratch.iterdir():  # by a replica that was killed
-            if time.time() - left.stat().st_mtime > SCRATCH_S:
-                shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another replica was quicker
+                if time.time() - left.stat().st_mtime > SCRATCH_S:
+                    shutil.rmtree(left, ignore_errors=True)
         self.decoders = {
             tier.tier: DecoderPool(decoders[tier.tier], models, tier.decoder) for tier in tiers
         }

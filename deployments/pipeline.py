@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
@@ -217,7 +218,7 @@ class VideoPipeline:
 
     async def _run_and_settle(self, job: Job) -> None:
         """Or queue it for the larger tier, if its steps do not fit into this one's memory."""
-        done = await self._while_held(functools.partial(work_told, self.engine, job))
+        done = WorkDone()
         try:
             ending = await self._run_to_ending(job, done)
         except OutOfMemory as error:
@@ -247,7 +248,8 @@ class VideoPipeline:
 
         OutOfMemory if a larger tier is to run it.
         """
-        if job.cancel_requested:
+        await self._recall(job, done)
+        if job.cancel_requested or job.id in self.cancelled:
             return cancellation()
         made = Made()
         for attempt in range(job.attempt, self.leases.max_attempts + 1):
@@ -270,6 +272,18 @@ class VideoPipeline:
                 logger.exception("job %s failed", job.id)
                 return _failure(answer_for(error).code)
         return _failure("worker_lost")
+
+    async def _recall(self, job: Job, done: WorkDone) -> None:
+        """What its earlier leases did; LeaseLost."""
+        if job.attempt == 1:
+            return
+        try:
+            told = await self._while_held(functools.partial(work_told, self.engine, job))
+        except asyncio.CancelledError:
+            if job.id not in self.cancelled:
+                raise LeaseLost(job.id) from None
+        else:
+            done.reach(**dataclasses.asdict(told))
 
     async def _run_stages(self, job: Job, done: WorkDone, made: Made) -> Ending:
         """From the latents on, if a lost worker had them already."""

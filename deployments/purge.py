@@ -40,7 +40,8 @@ class Purger:
             expired = expired_videos(connection)
         for job in expired:  # each alone: the account's row is the last that is locked
             with self.engine.begin() as connection:
-                release_bytes(connection, job.account_id, mark_deleted(connection, job.id))
+                num_bytes = mark_deleted(connection, job.id, only_expired=True)
+                release_bytes(connection, job.account_id, num_bytes)
 
     def purge_videos(self) -> None:
         """Delete the files of deleted videos; one that can't be deleted now is left for later."""

@@ -19,7 +19,7 @@ from jobs.outbox import announce
 from jobs.store import LeaseLost, finish, request_cancel
 from media.object_store import ObjectStore
 from media.renditions import delete_renditions
-from models.request import VideoRequest, stored_inputs
+from models.request import StoredRequest, VideoRequest, stored_inputs
 
 
 @dataclass(slots=True)
@@ -85,11 +85,11 @@ def settle(
 ) -> Outcome:
     """Charge the work done, refund the rest, end the job; LeaseLost changes nothing.
 
-    Where no work is charged, the request need not be one that this version can read.
+    The request need not be one that this version could run.
     """
     charged = Credits(0)
-    if ending.charge_work and done != WorkDone():
-        share = done.share(VideoRequest.model_validate(job.request), weights)
+    if ending.charge_work:
+        share = done.share(StoredRequest.model_validate(job.request), weights)
         charged = charge(Fraction(job.quote_exact), Credits(job.quoted), share)
     outcome = Outcome(
         state=ending.state,

@@ -6,18 +6,22 @@ The caller owns the transaction.
 from sqlalchemy import Connection, select, update
 
 from jobs.job import FINAL_STATES, Job, JobId, JobState
-from jobs.store import to_job
+from jobs.store import locked_in_order, to_job
 from jobs.tables import jobs, now_ms
 
+# Once a statement, so that an index may be asked.
+_HAS_EXPIRED = jobs.c.expires_at_ms <= select(now_ms()).scalar_subquery()
 
-def mark_deleted(connection: Connection, job_id: JobId) -> int:
+
+def mark_deleted(connection: Connection, job_id: JobId, *, only_expired: bool = False) -> int:
     """Hide a finished job from its owner; the bytes of its video, 0 if it was hidden before.
 
-    `purgeable` then lists its files.
+    `purgeable` then lists its files. only_expired: unless it is to be kept after all.
     """
+    wanted = [_HAS_EXPIRED] if only_expired else []
     row = connection.execute(
         update(jobs)
-        .where(jobs.c.id == job_id, jobs.c.state.in_(FINAL_STATES), ~jobs.c.deleted)
+        .where(jobs.c.id == job_id, jobs.c.state.in_(FINAL_STATES), ~jobs.c.deleted, *wanted)
         .values(deleted=True)
         .returning(jobs.c.size_bytes)
     ).first()
@@ -31,15 +35,15 @@ def keep_for(connection: Connection, account_id: str, kept_ms: int | None) -> No
         (jobs.c.state.not_in(FINAL_STATES), {"kept_ms": kept_ms}),
         (jobs.c.state == JobState.SUCCEEDED, {"kept_ms": kept_ms, "expires_at_ms": expires_at}),
     ):
-        of_account = (jobs.c.account_id == account_id, ~jobs.c.deleted, changed)
-        connection.execute(update(jobs).where(*of_account).values(values))
+        of_account = locked_in_order(jobs.c.account_id == account_id, ~jobs.c.deleted, changed)
+        connection.execute(update(jobs).where(of_account).values(values))
 
 
 def expired_videos(connection: Connection, limit: int = 100) -> list[Job]:
     """Jobs whose videos have been kept for as long as they were to be, the first first."""
     query = (
         select(jobs)
-        .where(jobs.c.expires_at_ms <= now_ms(), ~jobs.c.deleted)
+        .where(_HAS_EXPIRED, ~jobs.c.deleted)
         .order_by(jobs.c.expires_at_ms)
         .limit(limit)
     )

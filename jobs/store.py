@@ -64,6 +64,14 @@ class LeaseLost(Exception):
 _IS_OPEN = jobs.c.state.not_in(FINAL_STATES)
 
 
+def locked_in_order(*wanted: ColumnElement[bool]) -> ColumnElement[bool]:
+    """These jobs, for an update of several: whoever changes some of them, too, changes them in the
+    same order, and neither waits for the other for ever.
+    """
+    found = select(jobs.c.number).where(*wanted).order_by(jobs.c.number).with_for_update()
+    return jobs.c.number.in_(found)
+
+
 def lease(
     connection: Connection,
     owner: str,
@@ -134,7 +142,11 @@ def extend_leases(
     rows = connection.execute(
         update(jobs)
         .where(
-            jobs.c.id.in_(job_ids), jobs.c.lease_owner == owner, jobs.c.state == JobState.RUNNING
+            locked_in_order(
+                jobs.c.id.in_(job_ids),
+                jobs.c.lease_owner == owner,
+                jobs.c.state == JobState.RUNNING,
+            )
         )
         .values(lease_expires_at_ms=now_ms() + lease_ms)
         .returning(jobs.c.id)
@@ -236,7 +248,9 @@ def request_cancel(connection: Connection, job_id: JobId) -> None:
 def request_cancel_of_all(connection: Connection, account_id: str) -> None:
     """Ask the same for all that an account has queued or running."""
     of_account = (jobs.c.account_id == account_id, _IS_OPEN, ~jobs.c.cancel_requested)
-    connection.execute(update(jobs).where(*of_account).values(cancel_requested=True))
+    connection.execute(
+        update(jobs).where(locked_in_order(*of_account)).values(cancel_requested=True)
+    )
 
 
 def open_jobs(connection: Connection, account_id: str) -> list[Job]:

@@ -74,13 +74,14 @@ jobs = Table(
     Index(
         "jobs_expiring",
         "expires_at_ms",
-        sqlite_where=text("expires_at_ms IS NOT NULL AND NOT deleted"),
+        sqlite_where=text("expires_at_ms IS NOT NULL AND deleted = 0"),
         postgresql_where=text("expires_at_ms IS NOT NULL AND NOT deleted"),
     ),
     Index(
         "jobs_purgeable",
         "number",
-        sqlite_where=text("deleted AND video_key IS NOT NULL"),
+        # As SQLAlchemy asks for it there, or SQLite does not see that the index would do.
+        sqlite_where=text("deleted = 1 AND video_key IS NOT NULL"),
         postgresql_where=text("deleted AND video_key IS NOT NULL"),
     ),
 )

@@ -16,6 +16,7 @@ KEYS = {
         "reservation_id = NEW.reservation_id AND kind = NEW.kind",
     ),
     "reservations": ("id = NEW.id",),
+    "audit_log": ("number = NEW.number",),
     "settlements": ("reservation_id = NEW.reservation_id",),
 }
 SUM = (
@@ -32,14 +33,22 @@ def upgrade() -> None:
     op.add_column(
         "jobs", sa.Column("made_by_retry", sa.Boolean, nullable=False, server_default=sa.false())
     )
-    open_end = sa.text("expires_at_ms IS NOT NULL AND NOT deleted")
     op.create_index(
         "jobs_expiring",
         "jobs",
         ["expires_at_ms"],
-        sqlite_where=open_end,
-        postgresql_where=open_end,
+        sqlite_where=sa.text("expires_at_ms IS NOT NULL AND deleted = 0"),
+        postgresql_where=sa.text("expires_at_ms IS NOT NULL AND NOT deleted"),
     )
+    if op.get_bind().dialect.name == "sqlite":
+        # It was not used: SQLite must find the query's own words in the index's.
+        op.drop_index("jobs_purgeable", "jobs")
+        op.create_index(
+            "jobs_purgeable",
+            "jobs",
+            ["number"],
+            sqlite_where=sa.text("deleted = 1 AND video_key IS NOT NULL"),
+        )
     op.drop_index("ix_ledger_entries_reservation_id", "ledger_entries")
     op.create_index(
         "ledger_entries_of_reservation", "ledger_entries", ["reservation_id", "kind"], unique=True

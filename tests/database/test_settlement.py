@@ -194,6 +194,17 @@ def test_a_job_of_a_newer_version_is_shown_and_its_credits_come_back(
     assert list(store.list("")) == []
 
 
+def test_what_a_newer_version_did_of_its_job_is_charged_when_that_is_cancelled(
+    engine: Engine, store: LocalObjectStore, alice: Account, a_job: AJob
+) -> None:
+    job = write_by_a_newer_version(engine, a_job(alice, num_steps=10))
+    lease_now(engine)
+    steps = [Progress(Phase.DENOISE, 1, step=step, num_steps=10) for step in range(6)]
+    tell(engine, job, *steps)
+    told = work_told(engine, job_now(engine, job))
+    assert settle_now(engine, store, job, told, cancellation()).charged == 12
+
+
 def test_a_job_of_a_newer_version_can_be_cancelled_and_expires(
     engine: Engine, store: LocalObjectStore, alice: Account, a_job: AJob, door: Any
 ) -> None:

@@ -1,9 +1,10 @@
 """The plan's room for videos: promised at admission, exact afterwards, given back by deleting."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
-from sqlalchemy import Engine, select, update
+from sqlalchemy import Connection, Engine, event, select, update
 
 from credits.accounts import Account, accounts
 from credits.plans import Plan
@@ -11,6 +12,7 @@ from credits.pricing import WorkWeights
 from deployments.purge import Purger
 from deployments.settlement import Ending, WorkDone, settle
 from jobs.job import Job, JobState
+from jobs.retention import expired_videos, keep_for, mark_deleted, purgeable
 from jobs.store import stored_bytes
 from jobs.tables import jobs, now_ms
 from media.object_store import LocalObjectStore
@@ -125,7 +127,7 @@ def test_with_another_plan_videos_are_kept_as_that_says_from_then_on(
     door.as_account()("DELETE", f"/v1/videos/{deleted.id}")
     pass_time(engine, 29 * DAY_MS)
     admin = Caller(door.client, {"authorization": f"Bearer {ADMIN_KEY}"})
-    for plan, days in (("enterprise", None), ("basic", 7), ("pro", 30)):
+    for plan, days in (("enterprise", None), ("basic", 7), ("free", 7), ("pro", 30)):
         admin("PATCH", "/admin/v1/accounts/alice", json={"plan": plan})
         kept = None if days is None else days * DAY_MS
         with engine.begin() as connection:
@@ -139,3 +141,48 @@ def test_with_another_plan_videos_are_kept_as_that_says_from_then_on(
             assert abs(row.expires_at_ms - now - kept) < 10_000
         assert job_now(engine, queued).expires_at_ms is None
         assert job_now(engine, deleted).expires_at_ms is None
+
+
+def test_the_plan_that_an_account_has_already_changes_nothing(
+    engine: Engine, door: Door, an_account: Callable[..., Account], a_job: AJob
+) -> None:
+    job = a_job(an_account("alice", plan=Plan.PRO))
+    finish(engine, door.store, job, 5)
+    pass_time(engine, DAY_MS)
+    before = job_now(engine, job).expires_at_ms
+    admin = Caller(door.client, {"authorization": f"Bearer {ADMIN_KEY}"})
+    admin("PATCH", "/admin/v1/accounts/alice", json={"plan": "pro", "max_jobs": 5})
+    assert job_now(engine, job).expires_at_ms == before
+
+
+def test_a_video_that_is_to_be_kept_after_all_is_not_deleted(
+    engine: Engine, door: Door, an_account: Callable[..., Account], a_job: AJob
+) -> None:
+    """Its account was upgraded between the sweep's look and its act."""
+    job = a_job(an_account("alice", plan=Plan.PRO))
+    finish(engine, door.store, job, 5)
+    pass_time(engine, 31 * DAY_MS)
+    with engine.begin() as connection:
+        assert [found.id for found in expired_videos(connection)] == [job.id]
+        keep_for(connection, "alice", None)
+        assert mark_deleted(connection, job.id, only_expired=True) == 0
+        assert mark_deleted(connection, job.id) == 5
+
+
+@pytest.mark.parametrize("find", [expired_videos, purgeable])
+def test_a_sweep_reads_an_index_and_not_the_table(
+    engine: Engine, alice: Account, find: Callable[[Connection], list[Job]]
+) -> None:
+    if engine.dialect.name != "sqlite":
+        return  # its planner takes whatever is cheaper for as few rows as there are here
+    asked: list[tuple[str, Any]] = []
+
+    def record(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        asked.append((statement, parameters))
+
+    with engine.begin() as connection:
+        event.listen(connection, "before_cursor_execute", record)
+        find(connection)
+        ((statement, parameters),) = asked
+        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
+    assert not any(row.detail.startswith("SCAN jobs") and "INDEX" not in row.detail for row in plan)

@@ -234,4 +234,7 @@ def test_a_tile_that_is_lost_with_its_decoder_is_made_again_alone(
     frames = [event.data["frame"] for event in events if event.data["phase"] == "decode"]
     assert frames == [8, 13]  # nothing above the lost tile began again
     cluster.client.download(video_id, tmp_path / "b.mp4")
-    assert (tmp_path / "b.mp4").read_bytes() == expected.content
+    if (tmp_path / "b.mp4").read_bytes() != expected.content:
+        pixels = [read_mp4(tmp_path / name).astype(int) for name in ("a.mp4", "b.mp4")]
+        frames = np.abs(pixels[0] - pixels[1]).max(axis=(1, 2, 3))
+        pytest.fail(f"the files differ, the pixels of each frame by {frames.tolist()}")

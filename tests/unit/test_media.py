@@ -2,7 +2,6 @@
 
 import io
 import os
-import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -125,16 +124,19 @@ def test_a_list_goes_on_past_what_is_deleted_meanwhile(store: LocalObjectStore) 
     assert [info.key for info in listed] == ["videos/c"]
 
 
-def test_a_list_reads_no_folder_but_the_prefix_one(store: LocalObjectStore) -> None:
+def test_a_list_reads_no_folder_but_the_prefix_one(
+    store: LocalObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.put("inputs/c", b"1")
     store.put("videos/a", b"1")
     opened: list[str] = []
+    scandir = os.scandir
 
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in ("os.scandir", "os.listdir"):
-            opened.append(str(arguments[0]))
+    def watch(folder: Any) -> Any:
+        opened.append(str(folder))
+        return scandir(folder)
 
-    sys.addaudithook(watch)
+    monkeypatch.setattr(os, "scandir", watch)
     assert [info.key for info in store.list("inputs/")] == ["inputs/c"]
     assert {Path(folder).name for folder in opened} == {"inputs"}
 
