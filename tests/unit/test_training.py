@@ -27,7 +27,7 @@ from training.clips import (
 from training.loop import run_steps
 from training.text_encoder import make_text_encoder, make_tokenizer
 from training.train_denoiser import encode_captions, encode_clips, train_denoiser
-from training.train_vae import _decode_unclamped, make_vae, train_vae
+from training.train_vae import _decode_unclamped, _rim, make_vae, train_vae
 
 
 def test_a_fixed_fifth_is_held_out_and_every_word_is_in_both_parts() -> None:
@@ -186,3 +186,13 @@ def test_training_makes_a_checkpoint_that_generates(tmp_path: Path) -> None:
     assert generator.encoder.encode(long_prompt, None).num_tokens > 32
     prompt = make_prompts(True, 1, 1)[0]
     assert generator.generate(prompt, f_patch_size=4).shape == (13, 64, 64, 3)
+
+
+def test_the_rim_of_a_shape_is_what_tells_it_from_others() -> None:
+    alpha = torch.zeros(1, 1, 2, 16, 16)
+    alpha[:, :, 1, 4:12, 4:12] = 1.0
+    rim = _rim(alpha)
+    assert rim.shape == alpha.shape
+    assert not rim[:, :, 0].any()  # nothing of one frame reaches into another
+    assert rim[0, 0, 1, 4, 4] == rim[0, 0, 1, 2, 11] == rim[0, 0, 1, 5, 8] == 1.0
+    assert rim[0, 0, 1, 8, 8] == rim[0, 0, 1, 0, 0] == rim[0, 0, 1, 1, 4] == 0.0
