@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -27,6 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 READY_TIMEOUT_S = 300.0
 GRACE_S = 3.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+INSIST_S = 0.5
+_stopping = threading.Event()
 
 
 class Stopped(SystemExit):
@@ -56,6 +61,7 @@ def main() -> None:
     # Explicitly, since a shell starts background jobs with SIGINT ignored.
     for number in SIGNALS:
         signal.signal(number, _stop)
+    insist_on_signals()
     try:
         start_cluster(config, home)
         url = f"http://{host}:{port}"
@@ -133,7 +139,12 @@ def start_cluster(config: dict[str, object], home: Path) -> None:
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(512 << 20))
+    # For a moment of its start Ray takes SIGTERM for a crash, and aborts: its processes would live
+    # on. This process is to have none of that; the cluster's keep it.
+    os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"
     import ray
+
+    del os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"]
     from ray.serve._private.api import serve_start
     from ray.serve.schema import ServeDeploySchema
 
@@ -183,6 +194,7 @@ def stop_cluster() -> None:
     The database holds all that matters, so nothing is drained: jobs that run go on at the next
     start, when their leases have run out.
     """
+    _stopping.set()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     started = psutil.Process().children(recursive=True)
@@ -197,6 +209,26 @@ def stop_cluster() -> None:
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
     raise Stopped(0)
+
+
+def insist_on_signals() -> None:
+    """Send this process SIGINT after any of SIGNALS, again and again until it stops.
+
+    What a handler raises is lost in a destructor and round a fork, of which Ray makes many while it
+    starts; and then the handler of SIGTERM is Ray's. That a signal came is told here all the same.
+    """
+    told, tell = socket.socketpair()
+    tell.setblocking(False)
+    signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
+
+    def watch() -> None:
+        with told, tell:
+            while told.recv(1)[0] not in SIGNALS:
+                continue
+            while not _stopping.wait(INSIST_S):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -147,18 +147,50 @@ def test_an_interrupt_of_any_thread_stops_everything_even_if_it_was_ignored_at_s
     assert [child for child in started if child.is_running()] == []
 
 
-def test_a_stop_while_starting_leaves_nothing(config_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_children", [4, pytest.param(8, marks=pytest.mark.long)])
+def test_a_stop_while_starting_leaves_nothing(
+    config_path: Path, tmp_path: Path, num_children: int
+) -> None:
+    """With 8, Ray's workers have begun to start, and its own handlers of signals are in place."""
     process = start(config_path, free_port(), tmp_path / "home")
     with process, contextlib.ExitStack() as ending:
         ending.callback(process.terminate)  # what does not stop is a failure, not a wait
         root = psutil.Process(process.pid)
         deadline_s = time.monotonic() + 60
-        while len(started := root.children(recursive=True)) < 4:
+        while len(started := root.children(recursive=True)) < num_children:
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         assert process.wait(STOP_S) == 0
     assert [child for child in started if child.is_running()] == []
+
+
+LOSES_SIGNALS = """
+import signal, time
+from deployments import launch
+
+class Destroyed:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+for number in launch.SIGNALS:
+    signal.signal(number, launch._stop)
+launch.insist_on_signals()
+Destroyed()
+print("lost", flush=True)
+try:
+    time.sleep(30)
+except launch.Stopped:
+    print("stopped", flush=True)
+"""
+
+
+def test_a_signal_that_comes_while_nothing_may_be_raised_is_not_lost() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOSES_SIGNALS], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "Exception ignored in" in done.stderr
+    assert done.stdout.split() == ["lost", "stopped"]
 
 
 def test_the_command_finds_the_server_by_itself(cluster: Cluster, tmp_path: Path) -> None:
