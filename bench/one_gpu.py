@@ -28,12 +28,11 @@ from diffusers.models.unets.unet_spatio_temporal_condition import (
 from torch import nn
 
 from bench.machine import describe_machine
-from models.catalog import load_model
+from bench.prompt_adherence import Generator
 from models.cost import denoise_shape
 from models.denoise import park, resume
 from models.memory import OutOfMemory, within_memory
 from models.request import ModelFamily, VideoRequest
-from models.stages import load_decoder, load_denoiser, load_encoder
 from models.tensors import DenoiseState
 from models.weights import choose_device, choose_dtype
 from parallel.plan import P4D, FrameShape, TokenShape
@@ -208,14 +207,8 @@ def time_step(case: Case, device: torch.device) -> dict[str, float]:
     }
 
 
-class Demo:
-    """The shipped model's stages on the GPU."""
-
-    def __init__(self) -> None:
-        self.model = load_model(ROOT / "models" / "demo")
-        self.encoder = load_encoder(self.model)
-        self.denoiser = load_denoiser(self.model)
-        self.decoder = load_decoder(self.model)
+class Demo(Generator):
+    """The shipped model on the GPU, step by step."""
 
     def request(self, prompt: str, **fields: Any) -> VideoRequest:
         """As admission would fill it in."""
@@ -244,7 +237,7 @@ class Demo:
 
 def try_demo() -> dict[str, Any]:
     """Equal twice and after a checkpoint; a shared step against one alone; a lack of memory."""
-    demo = Demo()
+    demo = Demo(ROOT / "models" / "demo")
     one, other = demo.request("a red circle moving right"), demo.request("a blue square, still")
     alone = demo.pixels(one, demo.steps([one])[0])
     again = demo.pixels(one, demo.steps([one])[0])

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import select as sockets
 import time
 from collections.abc import Callable, Iterator
@@ -123,6 +124,11 @@ async def retry_while_away(act: Callable[[], T], *, for_s: float) -> T:
                 raise
             logger.warning("the database is away: %s", error.orig)
             await asyncio.sleep(AWAY_S)
+
+
+async def when_back(act: Callable[[], T]) -> T:
+    """One round of a loop: the database may be away for as long as it likes, that ends nothing."""
+    return await retry_while_away(act, for_s=math.inf)
 
 
 def migrate(engine: Engine, revision: str = "head") -> None:

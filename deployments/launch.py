@@ -28,8 +28,6 @@ ROOT = Path(__file__).resolve().parent.parent
 READY_TIMEOUT_S = 300.0
 GRACE_S = 3.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
 INSIST_S = 0.5
 _stopping = threading.Event()
 
@@ -121,8 +119,9 @@ def start_cluster(config: dict[str, object], home: Path) -> None:
     scratch = home / "scratch"
     scratch.mkdir(exist_ok=True)
     for left in scratch.iterdir():  # by a server that was killed: home is locked
-        shutil.rmtree(left, ignore_errors=True)
-        if not left.is_dir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)  # its processes may not all be dead yet
+        else:
             left.unlink(missing_ok=True)
     # Ray's sockets have names of at most 107 characters: it stays where it would be.
     os.environ.setdefault("RAY_TMPDIR", tempfile.gettempdir())
@@ -203,11 +202,13 @@ def stop_cluster() -> None:
     started = psutil.Process().children(recursive=True)
     import ray
 
-    ray.shutdown()
-    _, alive = psutil.wait_procs(started, timeout=GRACE_S)
-    for process in alive:
-        process.kill()
-    psutil.wait_procs(alive, timeout=GRACE_S)
+    try:
+        ray.shutdown()
+    finally:  # it may fail where ray.init was interrupted; its processes are to end all the same
+        _, alive = psutil.wait_procs(started, timeout=GRACE_S)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=GRACE_S)
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:

@@ -4,9 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import itertools
 import logging
-import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -21,13 +19,12 @@ from sqlalchemy.exc import OperationalError
 from credits.ledger import AlreadySettled
 from credits.pricing import WorkWeights
 from deployments.config import LeaseConfig, TierConfig, read_pepper
-from deployments.database import migrate, open_database, reader, retry_while_away
+from deployments.database import migrate, open_database, reader, retry_while_away, when_back
 from deployments.errors import answer_for
-from deployments.expiry import expire_jobs
 from deployments.messages import Denoised, DenoiseWork, Encoded, Encoding, Published
-from deployments.purge import Purger
 from deployments.rank_group import GroupBroken
 from deployments.settlement import Ending, WorkDone, cancellation, settle, work_told
+from deployments.sweep import Sweeper
 from deployments.webhooks import WebhookConfig, WebhookSender
 from jobs.job import Job, JobId, JobState, Phase, Progress
 from jobs.store import LeaseLost, cancelled_of, extend_leases, lease, move, record
@@ -38,8 +35,6 @@ from models.request import VideoRequest
 logger = logging.getLogger("ray.serve")
 
 BACKOFF_S = 0.5
-SWEEP_S = 1.0
-SELDOM = 60
 T = TypeVar("T")
 WORKER_LOST = (RayActorError, ObjectLostError, WorkerCrashedError, GroupBroken)
 
@@ -92,7 +87,7 @@ class VideoPipeline:
         self.running: dict[JobId, asyncio.Task[None]] = {}
         self.tier_of: dict[JobId, str] = {}
         self.cancelled: set[JobId] = set()
-        self.purger = Purger(self.engine, store)
+        self.sweeper = Sweeper(self.engine, store, weights, leases, self.owner)
         self.webhooks = WebhookSender(self.engine, read_pepper(home, database_url), webhooks)
         self.wanted = asyncio.Event()
         self.cancel_wanted = asyncio.Event()
@@ -102,7 +97,7 @@ class VideoPipeline:
                 self._lease_jobs(),
                 self._extend_leases(),
                 self._watch_cancellations(),
-                self._sweep(),
+                self.sweeper.run(),
                 self.webhooks.run(),
             )
         ]
@@ -122,7 +117,7 @@ class VideoPipeline:
     async def _lease_jobs(self) -> None:
         while True:
             self.wanted.clear()
-            for job in await _when_back(self._lease_free_slots):
+            for job in await when_back(self._lease_free_slots):
                 self.tier_of[job.id] = job.tier
                 task = asyncio.create_task(self._run(job))
                 task.add_done_callback(functools.partial(self._forget, job.id))
@@ -163,7 +158,7 @@ class VideoPipeline:
         while True:
             await asyncio.sleep(self.leases.lease_s / 4)
             if expected := set(self.running):
-                lost = expected - await _when_back(functools.partial(self._extend, expected))
+                lost = expected - await when_back(functools.partial(self._extend, expected))
                 for job_id in lost & self.running.keys():
                     self.running[job_id].cancel()
 
@@ -176,7 +171,7 @@ class VideoPipeline:
             await _wait(self.cancel_wanted, self.leases.poll_s)
             self.cancel_wanted.clear()
             if self.running:
-                for job_id in await _when_back(self._read_cancellations):
+                for job_id in await when_back(self._read_cancellations):
                     if job_id in self.running and job_id not in self.cancelled:
                         self.cancelled.add(job_id)
                         self.running[job_id].cancel()
@@ -184,25 +179,6 @@ class VideoPipeline:
     def _read_cancellations(self) -> list[JobId]:
         with reader(self.engine).begin() as connection:
             return cancelled_of(connection, self.owner)
-
-    async def _sweep(self) -> None:
-        for round_number in itertools.count():
-            try:
-                await _when_back(self.purger.delete_expired)
-                await _when_back(self.purger.purge_videos)
-                if round_number % SELDOM == 0:
-                    await _when_back(self._expire)
-                    await _when_back(self.purger.purge_orphans)
-                    await _when_back(self.purger.purge_unpublished)
-                    await _when_back(self.purger.purge_unfinished)
-            except OSError:  # a file that can't be deleted now is found again by another round
-                logger.exception("the sweep is not done")
-            await asyncio.sleep(SWEEP_S)
-
-    def _expire(self) -> None:
-        ended = expire_jobs(self.engine, self.store, self.weights, self.leases, self.owner)
-        if ended:
-            logger.warning("%d jobs expired", ended)
 
     def _lease_ms(self) -> int:
         return int(self.leases.lease_s * 1000)
@@ -370,11 +346,6 @@ class VideoPipeline:
     def _record_now(self, job_id: JobId, progress: Progress) -> None:
         with self.engine.begin() as connection:
             record(connection, job_id, self.owner, progress)
-
-
-async def _when_back(act: Callable[[], T]) -> T:
-    """One round of a loop: the database may be away for as long as it likes, that ends no job."""
-    return await retry_while_away(act, for_s=math.inf)
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:

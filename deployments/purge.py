@@ -1,9 +1,9 @@
 """Deletes the files that nobody needs any more; a kill at any moment only repeats it."""
 
+import contextlib
 import itertools
 import logging
-from collections.abc import Callable
-from typing import ParamSpec
+from collections.abc import Iterator
 
 from sqlalchemy import Engine
 
@@ -12,18 +12,23 @@ from deployments.checkpoints import CHECKPOINTS
 from deployments.database import reader
 from jobs.job import FINAL_STATES
 from jobs.retention import ended_in_vain, expired_videos, mark_deleted, mark_purged, purgeable
-from jobs.store import (
-    JobNotFound,
-    get_job,
-)
+from jobs.store import JobNotFound, get_job
 from media.object_store import ObjectStore
 from media.renditions import delete_renditions
 
 logger = logging.getLogger("ray.serve")
 
-P = ParamSpec("P")
 UNPUBLISHED_MS = 3_600_000
 UNFINISHED_S = 3_600.0
+
+
+@contextlib.contextmanager
+def left_for_later(name: str) -> Iterator[None]:
+    """A file that can't be deleted now is found again by a later round, and keeps no other."""
+    try:
+        yield
+    except OSError:
+        logger.exception("cannot delete the files of %s", name)
 
 
 class Purger:
@@ -48,10 +53,10 @@ class Purger:
         with reader(self.engine).begin() as connection:
             jobs = purgeable(connection)
         for job in jobs:
-            if not self._is_done(delete_renditions, self.store, job.id):
-                continue
-            with self.engine.begin() as connection:
-                mark_purged(connection, job.id)
+            with left_for_later(job.id):
+                delete_renditions(self.store, job.id)
+                with self.engine.begin() as connection:
+                    mark_purged(connection, job.id)
 
     def purge_unpublished(self) -> None:
         """Delete what was published for jobs that then ended without a video.
@@ -62,7 +67,8 @@ class Purger:
         with reader(self.engine).begin() as connection:
             ended = ended_in_vain(connection, UNPUBLISHED_MS)
         for job_id in ended:
-            self._is_done(delete_renditions, self.store, job_id)
+            with left_for_later(job_id):
+                delete_renditions(self.store, job_id)
 
     def purge_orphans(self) -> None:
         """Delete start images, source videos and checkpoints without an open job.
@@ -72,21 +78,13 @@ class Purger:
         stored = itertools.chain(self.store.list("inputs/"), self.store.list(CHECKPOINTS))
         orphans = {info.key for info in stored if self._is_orphan(info.key)}
         for key in orphans & self.suspects:
-            self._is_done(self.store.delete, key)
+            with left_for_later(key):
+                self.store.delete(key)
         self.suspects = orphans
 
     def purge_unfinished(self) -> None:
         """Delete what was being stored when its process was killed."""
         self.store.delete_unfinished(UNFINISHED_S)
-
-    def _is_done(self, delete: Callable[P, None], *what: P.args, **named: P.kwargs) -> bool:
-        """What can't be deleted now is found again by a later round, and keeps nothing else."""
-        try:
-            delete(*what, **named)
-        except OSError:
-            logger.exception("cannot delete the files of %s", what[-1])
-            return False
-        return True
 
     def _is_orphan(self, key: str) -> bool:
         with reader(self.engine).begin() as connection:

@@ -19,7 +19,7 @@ from jobs.outbox import announce
 from jobs.store import LeaseLost, finish, request_cancel
 from media.object_store import ObjectStore
 from media.renditions import delete_renditions
-from models.request import StoredRequest, VideoRequest, stored_inputs
+from models.request import VideoRequest, read_stored, stored_inputs
 
 
 @dataclass(slots=True)
@@ -89,7 +89,7 @@ def settle(
     """
     charged = Credits(0)
     if ending.charge_work:
-        share = done.share(StoredRequest.model_validate(job.request), weights)
+        share = done.share(read_stored(job.request), weights)
         charged = charge(Fraction(job.quote_exact), Credits(job.quoted), share)
     outcome = Outcome(
         state=ending.state,

@@ -29,7 +29,7 @@ from models.catalog import Model
 from models.checkpoint import Checkpoint
 from models.memory import OutOfMemory
 from models.tensors import Conditioning, ParkedState
-from parallel.plan import P4D, ParallelPlan, StepShape, Topology, plans, predict_step
+from parallel.plan import P4D, ParallelPlan, StepShape, Topology, predict_step, quickest_plans
 
 logger = logging.getLogger("ray.serve")
 
@@ -120,7 +120,8 @@ class StepLoop:
         if saved is not None:
             state = saved.state
             logger.warning("job %s goes on from step %d", work.job_id, state.step)
-        by_degree = self._plans(shape)
+        topology, degrees = self._topology(), self.config.degrees
+        by_degree = quickest_plans(shape, self.group.size, topology, degrees)
         arrived_s = time.monotonic()
         self.num_taken += 1
         return Held(
@@ -192,22 +193,6 @@ class StepLoop:
         except GroupBroken as error:
             self._break(generation, error, [])
             raise
-
-    def _plans(self, shape: StepShape) -> dict[int, ParallelPlan]:
-        """The quickest plan of every degree that may be used; ValueError if there is none."""
-        topology = self._topology()
-        quickest: dict[int, ParallelPlan] = {}
-        for plan in plans(shape, self.group.size, topology):
-            if self.config.degrees is not None and plan.degree not in self.config.degrees:
-                continue
-            best = quickest.get(plan.degree, plan)
-            quickest[plan.degree] = min(
-                (best, plan), key=lambda plan: predict_step(shape, plan, topology).step_s
-            )
-        if not quickest:
-            allowed = self.config.degrees
-            raise ValueError(f"no plan for {self.group.size} ranks has a degree of {allowed}")
-        return quickest
 
     def _topology(self) -> Topology:
         """An A100's speeds, which measured steps correct."""

@@ -12,7 +12,7 @@ from jobs.job import Job, JobEvent, JobState
 from jobs.outbox import Delivery
 from jobs.webhooks import Endpoint
 from models.catalog import Model
-from models.request import ModelFamily, StoredRequest, VideoRequest
+from models.request import ModelFamily, VideoRequest, read_stored
 
 STATUSES = {
     JobState.QUEUED: "queued",
@@ -37,7 +37,7 @@ def video_json(job: Job, model: Model | None) -> dict[str, Any]:
     A cancelled job has status "failed" and error.code "cancelled": the API has four statuses.
     model None (deployed no more) leaves out what is generated before trimming.
     """
-    request = StoredRequest.model_validate(job.request)
+    request = read_stored(job.request)
     result = job.result or {}
     error = None
     if job.error_code is not None:
@@ -59,7 +59,8 @@ def video_json(job: Job, model: Model | None) -> dict[str, Any]:
         **request.model_dump(
             include={"prompt", "negative_prompt", "num_frames", "fps", "f_patch_size"}
             | {"num_steps", "guidance_scale", "flow_shift", "motion_strength", "strength"}
-            | {"seed", "tags", "user"}
+            | {"seed", "tags", "user"},
+            warnings=False,  # of what a newer version may have written
         ),
         "total_frames": request.total_frames,
         "image_to_video": request.start_image is not None,

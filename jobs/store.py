@@ -321,33 +321,35 @@ def find_recent(
     connection: Connection, account_id: str, fields_hash: str, max_age_ms: int
 ) -> Job | None:
     """The account's newest job of these fields without a key, if it is young and has not failed."""
-    row = connection.execute(
-        select(jobs)
-        .where(
-            jobs.c.account_id == account_id,
-            jobs.c.fields_hash == fields_hash,
-            jobs.c.idempotency_key.is_(None),
-            jobs.c.created_at_ms > now_ms() - max_age_ms,
-            jobs.c.state.not_in((JobState.FAILED, JobState.CANCELLED)),
-            ~jobs.c.deleted,
-        )
-        .order_by(jobs.c.number.desc())
-        .limit(1)
-    ).first()
-    return None if row is None else to_job(row)
+    not_in_vain = (
+        jobs.c.idempotency_key.is_(None),
+        jobs.c.state.not_in((JobState.FAILED, JobState.CANCELLED)),
+        ~jobs.c.deleted,
+    )
+    return _find_young(connection, account_id, fields_hash, max_age_ms, *not_in_vain)
 
 
 def find_made_by_retry(
     connection: Connection, account_id: str, fields_hash: str, max_age_ms: int
 ) -> Job | None:
     """The account's newest job of these fields that a client's own retry made, however it ended."""
+    return _find_young(connection, account_id, fields_hash, max_age_ms, jobs.c.made_by_retry)
+
+
+def _find_young(
+    connection: Connection,
+    account_id: str,
+    fields_hash: str,
+    max_age_ms: int,
+    *wanted: ColumnElement[bool],
+) -> Job | None:
     row = connection.execute(
         select(jobs)
         .where(
             jobs.c.account_id == account_id,
             jobs.c.fields_hash == fields_hash,
-            jobs.c.made_by_retry,
             jobs.c.created_at_ms >= now_ms() - max_age_ms,
+            *wanted,
         )
         .order_by(jobs.c.number.desc())
         .limit(1)

@@ -81,10 +81,13 @@ class VideoRequest(BaseModel, frozen=True, extra="forbid"):
         return self.continued_frames + self.new_frames
 
 
-class StoredRequest(VideoRequest, frozen=True, extra="ignore"):
-    """A request for showing only: written, it may be, by a newer version whose fields are unknown
-    here. What is run must be a VideoRequest.
+def read_stored(fields: Mapping[str, Any]) -> VideoRequest:
+    """A request for showing and settling only, as it was written and unchecked.
+
+    It may be a newer version's, of fields and values that are unknown here. What is run must be a
+    VideoRequest that this version has checked.
     """
+    return VideoRequest.model_construct(**fields)
 
 
 def stored_inputs(fields: Mapping[str, Any]) -> list[str]:

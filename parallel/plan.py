@@ -6,7 +6,7 @@ formulas of DSP (arXiv:2403.10266), Ulysses (arXiv:2309.14509) and ring attentio
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 
@@ -127,6 +127,23 @@ def choose_plan(
         if num_steps * predict_step(shape, plan, topology).step_s <= deadline_s:
             return plan
     return min(ranked, key=lambda plan: predict_step(shape, plan, topology).step_s)
+
+
+def quickest_plans(
+    shape: StepShape, gpus: int, topology: Topology, degrees: Collection[int] | None = None
+) -> dict[int, ParallelPlan]:
+    """The quickest plan of every degree, or of those named; ValueError if there is none."""
+    quickest: dict[int, ParallelPlan] = {}
+    for plan in plans(shape, gpus, topology):
+        if degrees is not None and plan.degree not in degrees:
+            continue
+        best = quickest.get(plan.degree, plan)
+        quickest[plan.degree] = min(
+            (best, plan), key=lambda plan: predict_step(shape, plan, topology).step_s
+        )
+    if not quickest:
+        raise ValueError(f"no plan for {gpus} ranks has a degree of {degrees}")
+    return quickest
 
 
 def plans(shape: StepShape, gpus: int, topology: Topology) -> Iterator[ParallelPlan]:

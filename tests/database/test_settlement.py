@@ -176,7 +176,8 @@ def test_a_job_that_has_ended_has_no_checkpoint(
 
 def write_by_a_newer_version(engine: Engine, job: Job) -> Job:
     with engine.begin() as connection:
-        fields = {**job.request, "start_image": f"inputs/{job.id}", "camera": "orbit"}
+        new = {"camera": "orbit", "family": "wan", "fps": 240, "tags": ["a"]}
+        fields = {**job.request, "start_image": f"inputs/{job.id}", **new}
         connection.execute(update(jobs).where(jobs.c.id == job.id).values(request=fields))
     return job_now(engine, job)
 

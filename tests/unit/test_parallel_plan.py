@@ -15,6 +15,7 @@ from parallel.plan import (
     choose_plan,
     plans,
     predict_step,
+    quickest_plans,
 )
 
 HUNYUAN = denoise_shape(ModelFamily.HUNYUAN_VIDEO, 129, 1280, 720, guided=False)
@@ -101,3 +102,15 @@ def test_a_plan_that_shares_frames_and_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         ParallelPlan(guidance=0)
     assert str(ParallelPlan(guidance=2, ulysses=4)) == "guidance 2 x ulysses 4"
+
+
+def test_the_quickest_plan_of_each_degree_that_is_allowed() -> None:
+    found = quickest_plans(Z_IMAGE, 4, P4D)
+    every = list(plans(Z_IMAGE, 4, P4D))
+    assert set(found) == {plan.degree for plan in every}
+    for plan in every:
+        quickest = predict_step(Z_IMAGE, found[plan.degree], P4D)
+        assert quickest.step_s <= predict_step(Z_IMAGE, plan, P4D).step_s
+    assert quickest_plans(Z_IMAGE, 4, P4D, [2]) == {2: found[2]}
+    with pytest.raises(ValueError, match="4 ranks has a degree of"):
+        quickest_plans(Z_IMAGE, 4, P4D, [7])
