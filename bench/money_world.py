@@ -361,7 +361,7 @@ _REWRITES = {
     "no-overdraft": ("", {"accounts.available >= ": "accounts.available + 1000000 >= "}),
     "concurrency": ("", {"accounts.open_reservations < ": "accounts.open_reservations - 99 < "}),
     "idempotency": ("", {"jobs.idempotency_key = ": "'' = "}),
-    "disabled": ("UPDATE jobs", {"jobs.account_id = ": "'' = "}),
+    "disabled": ("SET cancel_requested", {"jobs.account_id = ": "'' = ", "jobs.id = ": "'' = "}),
     "settle-once": (
         "finished_at_ms=",
         {"jobs.lease_owner = ": _TRUE, "jobs.state = ": _TRUE},
