@@ -52,8 +52,8 @@ class Generator:
 
     def __init__(self, folder: Path) -> None:
         self.model = load_model(folder)
-        self.encoder: Encoder = load_encoder(self.model)
-        self.denoiser: Denoiser = load_denoiser(self.model)
+        self.encoder: Encoder[Any] = load_encoder(self.model)
+        self.denoiser: Denoiser[Any] = load_denoiser(self.model)
         self.decoder: Decoder = load_decoder(self.model)
 
     def generate(
@@ -152,7 +152,7 @@ def main() -> None:
     header = "".join(f"{name:>9}" for name in ATTRIBUTES)
     print(f"{'':24}{header}   ({arguments.prompts} prompts each, right in every frame)")
     for split in ("heldout", "seen"):
-        for f_patch_size in generator.model.f_patch_sizes:
+        for f_patch_size in generator.model.spec.f_patch_sizes:
             shares, videos, scores = measure(
                 generator, prompts[split], f_patch_size, from_image=False
             )

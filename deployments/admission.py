@@ -85,7 +85,7 @@ class Admission:
             raise AccountDisabled(account.id)
         offer = self.offer(request.model)
         limits = self.plans.limits[account.plan]
-        check_plan(account.plan, limits, request, offer.model.frame_stride)
+        check_plan(account.plan, limits, request, offer.model.spec.frame_stride)
         return choose_tier(offer.served_on, account.plan, request)
 
     def find_model(self, model_id: str) -> Model | None:

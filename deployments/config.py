@@ -73,7 +73,7 @@ class DenoiserConfig(BaseModel, frozen=True, extra="forbid"):
 
 class DecoderConfig(BaseModel, frozen=True, extra="forbid"):
     """Frames of more than tile_above_area pixels are decoded in tiles, by any free decoders of the
-    tier; None: never. tile_attempts: how often one tile may be lost.
+    tier, if the model's VAE is one that can; None: never. tile_attempts: how often one may be lost.
     """
 
     tile_above_area: int | None = Field(None, ge=1)

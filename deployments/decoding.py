@@ -35,11 +35,12 @@ class DecoderPool:
     async def decode(self, request: VideoRequest, denoised: Denoised) -> AsyncIterator[Frames]:
         """Runs of frames, in temporal order."""
         above = self.config.tile_above_area
-        if above is None or request.width * request.height <= above:
+        model = self.models[request.model]
+        if above is None or request.width * request.height <= above or not model.spec.in_tiles:
             async for frames in self.whole.remote(request, denoised.latents):
                 yield frames
             return
-        grid = tile_grid(self.models[request.model], request)
+        grid = tile_grid(model, request)
         tiles = await asyncio.gather(
             *[self._decode_tile(request, denoised, box) for box in grid.boxes]
         )

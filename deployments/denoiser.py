@@ -13,7 +13,7 @@ from deployments.resident_models import ResidentModels
 from deployments.step_loop import StepLoop
 from media.object_store import ObjectStore
 from models.catalog import Model
-from models.tensors import Conditioning
+from models.conditioning import Conditioning
 
 
 class Denoiser:

@@ -25,11 +25,11 @@ from jobs.webhooks import EndpointNotFound
 from media.decode import VideoUnreadable
 from media.encode import MediaEncodingFailed
 from media.object_store import ObjectNotFound
-from models.catalog import ModelNotFound, WeightsDamaged, WeightsMissing
+from models.catalog import ModelNotFound
 from models.checkpoint import CheckpointUnusable
 from models.memory import OutOfMemory
 from models.request import InvalidRequest, NotSupported
-from models.stages import FamilyNotBuilt
+from models.spec import WeightsDamaged, WeightsMissing
 
 
 class InputTooLarge(Exception):
@@ -110,7 +110,6 @@ ANSWERS: dict[type[Exception], Answer] = {
     ModelTooLarge: INTERNAL,
     OutOfMemory: OUT_OF_MEMORY,
     RequestQuarantined: STAGE_FAILED,
-    FamilyNotBuilt: STAGE_FAILED,
     VideoFailed: STAGE_FAILED,
     MediaEncodingFailed: STAGE_FAILED,
     WeightsDamaged: STAGE_FAILED,

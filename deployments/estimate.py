@@ -58,7 +58,7 @@ def _of_deployed(admission: Admission, body: CreateBody, limits: LimitsConfig) -
     model = admission.offer(body.model).model
     body = CreateBody(body.model, {"prompt": "-", **body.fields})
     request = body.resolve(model, limits)
-    width, height = model.generated_size(request.width, request.height)
+    width, height = model.spec.generated_size(request.width, request.height)
     return Estimate(
         admission.quote(request),
         model.id,
@@ -66,7 +66,7 @@ def _of_deployed(admission: Admission, body: CreateBody, limits: LimitsConfig) -
         True,
         request.width,
         request.height,
-        model.generated_frames(request.num_frames, request.f_patch_size),
+        model.spec.generated_frames(request.num_frames, request.f_patch_size),
         width,
         height,
     )

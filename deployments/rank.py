@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import ray
 
 from models.catalog import Model
+from models.conditioning import Conditioning
 from models.memory import within_memory
 from models.request import VideoRequest
-from models.tensors import Conditioning, DenoiseState, ParkedState
+from models.tensors import DenoiseState, ParkedState
 from parallel.plan import ParallelPlan, StepShape
 from parallel.traffic import Traffic
 

@@ -27,8 +27,9 @@ from deployments.traffic_counters import TrafficCounters
 from jobs.store import LeaseLost
 from models.catalog import Model
 from models.checkpoint import Checkpoint
+from models.conditioning import Conditioning
 from models.memory import OutOfMemory
-from models.tensors import Conditioning, ParkedState
+from models.tensors import ParkedState
 from parallel.plan import P4D, ParallelPlan, StepShape, Topology, predict_step, quickest_plans
 
 logger = logging.getLogger("ray.serve")
@@ -111,9 +112,8 @@ class StepLoop:
     async def _take_in(self, work: DenoiseWork, conditioning: Conditioning) -> Held:
         """Read the checkpoint, if there is one, and judge how urgent the request is."""
         kept = ray.put(conditioning)
-        num_texts = 1 if conditioning.negative is None else 2
         await self.ready.wait()
-        begun = await self._answered(self.group.begin(work.request, num_texts, kept))
+        begun = await self._answered(self.group.begin(work.request, conditioning.num_texts, kept))
         shape, state = begun.shape, begun.state
         first_step = state.step
         saved = await self._saved(work)

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 from collections.abc import AsyncIterator
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from models.catalog import Model
 from models.memory import within_memory
 from models.request import VideoRequest
+from models.stages import TileDecoder
 from models.tensors import Frames
 from models.tiles import Box
 
@@ -47,6 +49,7 @@ class VaeDecoder:
         self, model: str, latents: NDArray[np.float32], box: Box
     ) -> NDArray[np.float32]:
         """One tile of a request's frames, [C, F, h, w]; its others may be made elsewhere."""
-        decode = functools.partial(self.decoders[model].decode_tile, latents, box)
+        decoder = cast("TileDecoder", self.decoders[model])
+        decode = functools.partial(decoder.decode_tile, latents, box)
         async with self.turn:
             return await asyncio.to_thread(within_memory, model, decode)

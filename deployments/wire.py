@@ -93,8 +93,8 @@ def request_warnings(request: VideoRequest) -> list[str]:
 
 def generated_json(model: Model, request: VideoRequest) -> dict[str, Any]:
     """What is generated, from which what was asked is cut."""
-    width, height = model.generated_size(request.width, request.height)
-    frames = model.generated_frames(request.num_frames, request.f_patch_size)
+    width, height = model.spec.generated_size(request.width, request.height)
+    frames = model.spec.generated_frames(request.num_frames, request.f_patch_size)
     return {"num_frames": frames, "size": f"{width}x{height}"}
 
 
@@ -140,8 +140,8 @@ def model_json(model: Model) -> dict[str, Any]:
         "frames": {"min": manifest.min_frames, "max": manifest.max_frames},
         "max_side": manifest.max_side,
         "max_area": manifest.max_area,
-        "size_multiple": model.size_multiple,
-        "f_patch_sizes": list(model.f_patch_sizes),
+        "size_multiple": model.spec.size_multiple,
+        "f_patch_sizes": list(model.spec.f_patch_sizes),
         "defaults": manifest.defaults.model_dump(),
     }
 

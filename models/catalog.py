@@ -10,32 +10,12 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from models.request import InvalidRequest, ModelFamily, VideoRequest
+from models.families import FIELDS_OF_FAMILIES
+from models.request import InvalidRequest, ModelFamily, NotSupported, Scheduler, VideoRequest
+from models.spec import LAYOUTS, FamilySpec, Use, WeightsDamaged, WeightsMissing, read_json
 
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 CHUNK_BYTES = 1 << 20
-
-
-class WeightsMissing(Exception):
-    """A file that the checkpoint needs is not there."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.path = path
-
-    def __str__(self) -> str:
-        return f"checkpoint file missing: {self.path}"
-
-
-class WeightsDamaged(Exception):
-    """A file of the checkpoint is not what it should be."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path, self.reason = path, reason
-
-    def __str__(self) -> str:
-        return f"checkpoint file damaged: {self.path}: {self.reason}"
 
 
 class ModelNotFound(Exception):
@@ -56,13 +36,22 @@ class RequestDefaults(BaseModel, frozen=True, extra="forbid"):
     width: int
     height: int
     fps: int
-    f_patch_size: int
+    f_patch_size: int = 1
     num_steps: int
     guidance_scale: float
+    min_guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
+    motion_bucket_id: int | None = None
+    noise_aug_strength: float | None = None
+    scheduler: Scheduler | None = None
 
 
 class ModelManifest(BaseModel, frozen=True, extra="forbid"):
-    """manifest.json beside a checkpoint; sha256 maps relative file names to their check sums."""
+    """manifest.json beside a checkpoint; sha256 maps relative file names to their check sums.
+
+    decode_chunk_frames: how many frames SVD's and AnimateDiff's VAEs decode at a time; SVD's look
+    at each other within a chunk, so it is part of what the video looks like.
+    """
 
     family: ModelFamily
     description: str
@@ -74,53 +63,41 @@ class ModelManifest(BaseModel, frozen=True, extra="forbid"):
     max_frames: int = Field(ge=1)
     max_side: int = Field(ge=16)
     max_area: int = Field(ge=256)
+    decode_chunk_frames: int = Field(8, ge=1)
     defaults: RequestDefaults
     sha256: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A checked checkpoint: what it is called here, where it lies and what it can generate.
-
-    frame_stride is the VAE's temporal compression (4k+1 frames make k+1 latent frames);
-    latent_scale its spatial one, pixel_patch that part of it which is patches of pixels, and
-    size_multiple latent_scale times the transformer's patch.
-    """
+    """A checked checkpoint: what it is called here, where it lies and what it can generate."""
 
     id: str
     folder: Path
     manifest: ModelManifest
-    f_patch_sizes: tuple[int, ...]
-    frame_stride: int
-    latent_scale: int
-    pixel_patch: int
-    size_multiple: int
+    spec: FamilySpec
 
     @property
     def denoiser_bytes(self) -> int:
-        """Of the transformer's weights, as stored."""
-        files = (self.folder / "transformer").glob("*.safetensors")
-        return sum(file.stat().st_size for file in files)
-
-    def generated_frames(self, num_frames: int, f_patch_size: int) -> int:
-        """The least frame count >= num_frames whose latent frames fill whole temporal patches."""
-        latent_frames = -(-(num_frames - 1) // self.frame_stride) + 1
-        latent_frames = -(-latent_frames // f_patch_size) * f_patch_size
-        return (latent_frames - 1) * self.frame_stride + 1
-
-    def generated_size(self, width: int, height: int) -> tuple[int, int]:
-        """The least size >= the asked one that the model can generate."""
-        multiple = self.size_multiple
-        return -(-width // multiple) * multiple, -(-height // multiple) * multiple
+        """Of the denoiser's weights, as stored."""
+        parts = [self.folder / part for part in LAYOUTS[self.manifest.family].denoiser]
+        return sum(file.stat().st_size for part in parts for file in part.glob("*.safetensors"))
 
     def resolve(self, fields: dict[str, Any]) -> VideoRequest:
         """Fill in the defaults and check every bound; raises InvalidRequest naming the field."""
+        family = self.manifest.family
+        for name, families in FIELDS_OF_FAMILIES.items():
+            if fields.get(name) not in (None, "") and family not in families:
+                raise NotSupported(name, f"{name} means nothing to {family}")
+        defaults = self.manifest.defaults.model_dump(exclude_none=True)
+        if fields.get("motion_strength") is not None:
+            defaults.pop("motion_bucket_id", None)  # it says the same
         values = {
-            **self.manifest.defaults.model_dump(),
+            **defaults,
             "seed": secrets.randbelow(2**31),
             **fields,
             "model": self.id,
-            "family": self.manifest.family,
+            "family": family,
         }
         try:
             request = VideoRequest.model_validate(values)
@@ -131,24 +108,35 @@ class Model:
         self._check_bounds(request)
         return request
 
+    def check_inputs(self, *, start_image: bool, source_video: bool = False) -> None:
+        """InvalidRequest if a request has what the model does not take, or lacks what it needs."""
+        if start_image and self.spec.start_image is Use.REFUSED:
+            raise NotSupported("input_reference", f"{self.id} makes videos from words alone")
+        if not start_image and self.spec.start_image is Use.REQUIRED:
+            message = f"input_reference is required: {self.id} makes videos from an image"
+            raise InvalidRequest("input_reference", message)
+        if source_video and not self.spec.source_video:
+            raise NotSupported("video", f"{self.id} does not change videos")
+
     def _check_bounds(self, request: VideoRequest) -> None:
-        manifest = self.manifest
-        if not manifest.min_frames <= request.num_frames <= manifest.max_frames:
+        manifest, spec = self.manifest, self.spec
+        max_frames = min(manifest.max_frames, spec.max_positions or manifest.max_frames)
+        if not manifest.min_frames <= request.num_frames <= max_frames:
             raise InvalidRequest(
                 "num_frames",
-                f"num_frames must be {manifest.min_frames} to {manifest.max_frames} "
+                f"num_frames must be {manifest.min_frames} to {max_frames} "
                 f"for {self.id}, not {request.num_frames}",
             )
-        if request.f_patch_size not in self.f_patch_sizes:
-            sizes = ", ".join(map(str, self.f_patch_sizes))
+        if request.f_patch_size not in spec.f_patch_sizes:
+            sizes = ", ".join(map(str, spec.f_patch_sizes))
             raise InvalidRequest("f_patch_size", f"f_patch_size must be one of {sizes}")
         for param, side in (("width", request.width), ("height", request.height)):
             if side % 2:
                 raise InvalidRequest("size", f"{param} must be even, not {side}")
-            if not self.size_multiple <= side <= manifest.max_side:
+            if not spec.size_multiple <= side <= manifest.max_side:
                 raise InvalidRequest(
                     "size",
-                    f"{param} must be {self.size_multiple} to {manifest.max_side}, not {side}",
+                    f"{param} must be {spec.size_multiple} to {manifest.max_side}, not {side}",
                 )
         if request.width * request.height > manifest.max_area:
             raise InvalidRequest("size", f"width x height must be at most {manifest.max_area}")
@@ -160,37 +148,20 @@ def load_model(folder: Path, model_id: str | None = None) -> Model:
     Raises WeightsMissing or WeightsDamaged with the file's path.
     """
     try:
-        manifest = ModelManifest.model_validate(_read_json(folder / "manifest.json"))
+        manifest = ModelManifest.model_validate(read_json(folder / "manifest.json"))
     except ValidationError as error:
         raise WeightsDamaged(str(folder / "manifest.json"), str(error)) from None
-    _check_files(folder, manifest.sha256)
-    transformer = _read_json(folder / "transformer" / "config.json")
-    vae = _read_json(folder / "vae" / "config.json")
+    layout = LAYOUTS[manifest.family]
+    _check_files(folder, manifest.sha256, layout.components)
     return Model(
         id=model_id or str(manifest.family),
         folder=folder,
         manifest=manifest,
-        f_patch_sizes=tuple(transformer["all_f_patch_size"]),
-        frame_stride=vae["scale_factor_temporal"],
-        latent_scale=vae["scale_factor_spatial"],
-        pixel_patch=vae["patch_size"] or 1,
-        size_multiple=vae["scale_factor_spatial"] * transformer["all_patch_size"][0],
+        spec=layout.read(folder),
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise WeightsMissing(str(path))
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightsDamaged(str(path), str(error)) from None
-    if not isinstance(content, dict):
-        raise WeightsDamaged(str(path), "not a JSON object")
-    return content
-
-
-def _check_files(folder: Path, sha256: dict[str, str]) -> None:
+def _check_files(folder: Path, sha256: dict[str, str], components: tuple[str, ...]) -> None:
     """Every listed file is there and unchanged, every safetensors file whole, nothing pickled."""
     for name, digest in sha256.items():
         path = folder / name
@@ -198,10 +169,10 @@ def _check_files(folder: Path, sha256: dict[str, str]) -> None:
             raise WeightsMissing(str(path))
         if _digest(path) != digest:
             raise WeightsDamaged(str(path), "its SHA-256 is not the manifest's")
-    for component in ("text_encoder", "transformer", "vae"):
+    for component in components:
         if not list((folder / component).glob("*.safetensors")):
             raise WeightsMissing(str(folder / component / "*.safetensors"))
-    for path in sorted(folder.glob("*/*")):
+    for path in sorted(folder.rglob("*")):
         if path.suffix in PICKLE_SUFFIXES:
             raise WeightsDamaged(str(path), "pickled weights are refused; use safetensors")
         if path.suffix == ".safetensors":

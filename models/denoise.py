@@ -1,22 +1,33 @@
 """The denoise loop: a generator, so that whoever drives it sees, counts and may stop each step."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from models.conditioning import Conditioning
 from models.request import VideoRequest
 from models.stages import Denoiser
-from models.tensors import Conditioning, DenoiseState, ParkedState
+from models.tensors import DenoiseState, ParkedState
 
 
 def denoise(
-    denoiser: Denoiser, request: VideoRequest, conditioning: Conditioning
+    denoiser: Denoiser[Any], request: VideoRequest, conditioning: Conditioning
 ) -> Iterator[DenoiseState]:
     """Yield the state after each step; the last one holds the finished latents."""
     state = denoiser.start(request, conditioning)
     while state.step < state.num_steps:
         state = denoiser.step(request, conditioning, state)
         yield state
+
+
+def first_step(request: VideoRequest) -> int:
+    """Where the last `strength` of the steps begins, of which at least one is made; 0 without
+    (SDEdit, arXiv:2108.01073).
+    """
+    if request.strength is None:
+        return 0
+    return request.num_steps - max(1, round(request.num_steps * request.strength))
 
 
 def park(state: DenoiseState) -> ParkedState:

@@ -26,6 +26,20 @@ class PublishedFamily:
     size_multiple: int
 
 
+_SVD = {ModelFamily.SVD, ModelFamily.SVD_XT}
+# What a request may say that only some families understand. motion_strength, which the founding
+# API gives every request, is told as without effect instead.
+FIELDS_OF_FAMILIES: dict[str, set[ModelFamily]] = {
+    "negative_prompt": set(ModelFamily) - _SVD,
+    "flow_shift": {ModelFamily.Z_IMAGE_VIDEO, ModelFamily.HUNYUAN_VIDEO},
+    "min_guidance_scale": _SVD,
+    "motion_bucket_id": _SVD,
+    "noise_aug_strength": _SVD,
+    "true_cfg_scale": {ModelFamily.HUNYUAN_VIDEO},
+    "scheduler": {ModelFamily.ANIMATEDIFF},
+}
+WITHOUT_PROMPT = _SVD
+
 PUBLISHED = {
     ModelFamily.ANIMATEDIFF: PublishedFamily(16, 32, 512, 512, 8, 1, 8),
     ModelFamily.SVD: PublishedFamily(14, 14, 1024, 576, 7, 1, 64),

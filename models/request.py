@@ -19,6 +19,14 @@ class ModelFamily(StrEnum):
     HUNYUAN_VIDEO = "hunyuan-video"
 
 
+class Scheduler(StrEnum):
+    """How noise is taken away; what a checkpoint says otherwise stays."""
+
+    DDIM = "ddim"
+    EULER = "euler"
+    LCM = "lcm"
+
+
 class InvalidRequest(Exception):
     """A field of a request is missing, malformed or out of range; param names it."""
 
@@ -57,6 +65,14 @@ class VideoRequest(BaseModel, frozen=True, extra="forbid"):
     # How far the noise levels lean to the noisy end; None: as the checkpoint says.
     flow_shift: float | None = Field(None, gt=0, le=100)
     motion_strength: float | None = Field(None, ge=0, le=1)
+    # SVD: guidance goes from the first frame's to the last one's, guidance_scale.
+    min_guidance_scale: float | None = Field(None, ge=0, le=20)
+    motion_bucket_id: int | None = Field(None, ge=0, le=255)
+    noise_aug_strength: float | None = Field(None, ge=0, le=1)
+    # HunyuanVideo: its guidance_scale is an input; this is guidance by a negative prompt.
+    true_cfg_scale: float | None = Field(None, ge=1, le=20)
+    # None: the checkpoint's own.
+    scheduler: Scheduler | None = None
     start_image: str | None = None
     # Width over height of what the start image was fitted from.
     start_image_aspect: float | None = None

@@ -1,14 +1,16 @@
 """The contract between the stages, and the one place that knows which file runs a family."""
 
-from collections.abc import Hashable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.catalog import Model
+from models.conditioning import Conditioning
 from models.request import ModelFamily, VideoRequest
-from models.tensors import Conditioning, DenoiseState, Frames
+from models.tensors import DenoiseState, Frames
 from models.tiles import Box
 from parallel.plan import StepShape
 
@@ -16,7 +18,11 @@ if TYPE_CHECKING:
     from parallel.mesh import Mesh
 
 
-class Encoder(Protocol):
+Made = TypeVar("Made", bound=Conditioning, covariant=True)
+Told = TypeVar("Told", bound=Conditioning, contravariant=True)
+
+
+class Encoder(Protocol[Made]):
     """Turns the words and the start image of a request into Conditioning."""
 
     def encode(
@@ -24,12 +30,12 @@ class Encoder(Protocol):
         request: VideoRequest,
         start_image: bytes | None,
         source_frames: NDArray[np.uint8] | None = None,
-    ) -> Conditioning:
+    ) -> Made:
         """start_image: a PNG of the frame's size; source_frames: uint8 [F, H, W, 3] of it."""
         ...
 
 
-class Denoiser(Protocol):
+class Denoiser(Protocol[Told]):
     """Draws the noise, then removes it step by step."""
 
     def use(self, mesh: "Mesh") -> None:
@@ -40,13 +46,11 @@ class Denoiser(Protocol):
         """What one step of the request costs; num_texts: 2 with classifier-free guidance."""
         ...
 
-    def start(self, request: VideoRequest, conditioning: Conditioning) -> DenoiseState:
+    def start(self, request: VideoRequest, conditioning: Told) -> DenoiseState:
         """Step 0, noise from the request's seed alone; later if a source video is only changed."""
         ...
 
-    def step(
-        self, request: VideoRequest, conditioning: Conditioning, state: DenoiseState
-    ) -> DenoiseState:
+    def step(self, request: VideoRequest, conditioning: Told, state: DenoiseState) -> DenoiseState:
         """One step on."""
         ...
 
@@ -57,10 +61,12 @@ class Denoiser(Protocol):
     def step_all(
         self,
         requests: Sequence[VideoRequest],
-        conditionings: Sequence[Conditioning],
+        conditionings: Sequence[Told],
         states: Sequence[DenoiseState],
     ) -> list[DenoiseState]:
-        """One step on of each, in one pass of the model, by one rank alone."""
+        """One step on of each, in one pass of the model, by one rank alone; ValueError for more
+        than one request of a family that has no batches.
+        """
         ...
 
 
@@ -71,46 +77,67 @@ class Decoder(Protocol):
         """Frames trimmed to the request's count and size."""
         ...
 
+
+class TileDecoder(Decoder, Protocol):
+    """One whose frames may be decoded in tiles: `FamilySpec.in_tiles`."""
+
     def decode_tile(self, latents: NDArray[np.float32], box: Box) -> NDArray[np.float32]:
         """One tile of the frames, [C, F, h, w] about -1..1, for `models.tiles` to join."""
         ...
 
 
-class FamilyNotBuilt(Exception):
-    """The family has a price but no code here runs it yet."""
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """A family's classes; each is made with its Model, and loads its part of the weights then."""
 
-    def __init__(self, family: str) -> None:
-        super().__init__(family)
-        self.family = family
-
-    def __str__(self) -> str:
-        return f"no code here runs the model family {self.family!r} yet"
+    encoder: Callable[[Model], Encoder[Any]]
+    denoiser: Callable[[Model], Denoiser[Any]]
+    decoder: Callable[[Model], Decoder]
 
 
-def load_encoder(model: Model) -> Encoder:
-    """Load what encoding needs: the text encoder and the VAE's encoder."""
-    _check_built(model)
-    from models.z_image_video import ZImageVideoEncoder
-
-    return ZImageVideoEncoder(model)
+def load_encoder(model: Model) -> Encoder[Any]:
+    """Load what encoding needs: text and image encoders, and the VAE's encoder."""
+    return _stages_of(model.manifest.family).encoder(model)
 
 
-def load_denoiser(model: Model) -> Denoiser:
-    """Load the transformer and the scheduler's configuration."""
-    _check_built(model)
-    from models.z_image_video import ZImageVideoDenoiser
-
-    return ZImageVideoDenoiser(model)
+def load_denoiser(model: Model) -> Denoiser[Any]:
+    """Load the transformer or the UNet, and the scheduler's configuration."""
+    return _stages_of(model.manifest.family).denoiser(model)
 
 
 def load_decoder(model: Model) -> Decoder:
     """Load the VAE's decoder."""
-    _check_built(model)
-    from models.z_image_video import ZImageVideoDecoder
-
-    return ZImageVideoDecoder(model)
+    return _stages_of(model.manifest.family).decoder(model)
 
 
-def _check_built(model: Model) -> None:
-    if model.manifest.family is not ModelFamily.Z_IMAGE_VIDEO:
-        raise FamilyNotBuilt(model.manifest.family)
+def _stages_of(family: ModelFamily) -> Stages:
+    """Imports torch, and the file of this family only."""
+    match family:
+        case ModelFamily.Z_IMAGE_VIDEO:
+            from models.z_image_video import (
+                ZImageVideoDecoder,
+                ZImageVideoDenoiser,
+                ZImageVideoEncoder,
+            )
+
+            return Stages(ZImageVideoEncoder, ZImageVideoDenoiser, ZImageVideoDecoder)
+        case ModelFamily.ANIMATEDIFF:
+            from models.animatediff import (
+                AnimateDiffDecoder,
+                AnimateDiffDenoiser,
+                AnimateDiffEncoder,
+            )
+
+            return Stages(AnimateDiffEncoder, AnimateDiffDenoiser, AnimateDiffDecoder)
+        case ModelFamily.SVD | ModelFamily.SVD_XT:
+            from models.svd import SvdDecoder, SvdDenoiser, SvdEncoder
+
+            return Stages(SvdEncoder, SvdDenoiser, SvdDecoder)
+        case ModelFamily.HUNYUAN_VIDEO:
+            from models.hunyuan_video import (
+                HunyuanVideoDecoder,
+                HunyuanVideoDenoiser,
+                HunyuanVideoEncoder,
+            )
+
+            return Stages(HunyuanVideoEncoder, HunyuanVideoDenoiser, HunyuanVideoDecoder)

@@ -84,13 +84,19 @@ def prepare_start_image(
     return StartImage(png, found["width"] / found["height"])
 
 
-def pad_start_image(png: bytes, *, generated_size: tuple[int, int]) -> NDArray[np.float32]:
-    """A prepared image as float32 [3, H, W] in -1..1 at generated_size (width, height).
+def padded_image(png: bytes, *, generated_size: tuple[int, int]) -> Image.Image:
+    """A prepared image at generated_size (width, height).
 
     Its edge repeats outwards, so that the trim after decoding gives the image back.
     """
     with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         pixels = np.asarray(image.convert("RGB"))
+    return Image.fromarray(_pad(pixels[None], generated_size)[0])
+
+
+def pad_start_image(png: bytes, *, generated_size: tuple[int, int]) -> NDArray[np.float32]:
+    """A prepared image, padded, as float32 [3, H, W] in -1..1."""
+    pixels = np.asarray(padded_image(png, generated_size=generated_size))
     return pad_frames(pixels[None], generated_size=generated_size)[:, 0]
 
 
@@ -98,6 +104,11 @@ def pad_frames(
     frames: NDArray[np.uint8], *, generated_size: tuple[int, int]
 ) -> NDArray[np.float32]:
     """uint8 [F, H, W, 3] -> float32 [3, F, H', W'] in -1..1, the edges repeated outwards."""
+    padded = _pad(frames, generated_size)
+    return np.ascontiguousarray(padded.transpose(3, 0, 1, 2), np.float32) / 127.5 - 1.0
+
+
+def _pad(frames: NDArray[np.uint8], generated_size: tuple[int, int]) -> NDArray[np.uint8]:
     _, height, width, _ = frames.shape
     extra_x, extra_y = generated_size[0] - width, generated_size[1] - height
     around = (
@@ -106,5 +117,4 @@ def pad_frames(
         (extra_x // 2, extra_x - extra_x // 2),
         (0, 0),
     )
-    padded = np.pad(frames, around, mode="edge")
-    return np.ascontiguousarray(padded.transpose(3, 0, 1, 2), np.float32) / 127.5 - 1.0
+    return np.pad(frames, around, mode="edge")

@@ -15,22 +15,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Conditioning:
-    """What the denoiser is told: float32 text states [N, D], positive and negative.
-
-    start_latents: float32 [C, 1, H, W], the start frame's normalised latents, if there is one;
-    source_latents: float32 [C, F, H, W], those of a video that is to be changed.
-    num_tokens counts the prompt's tokens before truncation to the model's limit.
-    """
-
-    positive: NDArray[np.float32]
-    negative: NDArray[np.float32] | None
-    start_latents: NDArray[np.float32] | None
-    source_latents: NDArray[np.float32] | None
-    num_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
 class DenoiseState:
     """Latents [1, C, F, H, W] in float32 after `step` of `num_steps` steps, and all else that the
     next step needs.

@@ -5,7 +5,7 @@ and in numpy, so that whoever joins needs neither torch nor the VAE, and the res
 the bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,9 +85,28 @@ class TileGrid:
 
 def tile_grid(model: Model, request: VideoRequest) -> TileGrid:
     """The tiles of a request's frames."""
-    width, height = model.generated_size(request.width, request.height)
-    scale = model.latent_scale
-    return TileGrid(height // scale, width // scale, scale, model.pixel_patch)
+    width, height = model.spec.generated_size(request.width, request.height)
+    scale = model.spec.latent_scale
+    return TileGrid(height // scale, width // scale, scale, model.spec.pixel_patch)
+
+
+def stream_frames(
+    chunks: Iterable[Pixels], request: VideoRequest, dropped: int = 0
+) -> Iterator[Frames]:
+    """Runs of decoded frames, [3, F, H, W] about -1..1 in temporal order, cut to what was asked.
+
+    dropped: frames before the first. Nothing is decoded after the last.
+    """
+    remaining = request.num_frames
+    for chunk in chunks:
+        skipped = min(dropped, chunk.shape[1])
+        dropped -= skipped
+        frames = to_frames(chunk[:, skipped:][:, :remaining], request)
+        remaining -= len(frames.pixels)
+        if len(frames.pixels):
+            yield frames
+        if remaining <= 0:
+            return
 
 
 def to_frames(pixels: Pixels, request: VideoRequest) -> Frames:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from models.catalog import WeightsDamaged
+from models.spec import WeightsDamaged
 
 
 def choose_device() -> torch.device:

@@ -22,10 +22,12 @@ from transformers import AutoTokenizer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from models.catalog import Model
+from models.conditioning import FloatArray, ZImageConditioning
+from models.denoise import first_step
 from models.request import VideoRequest
 from models.start_image import pad_frames, pad_start_image
-from models.tensors import Conditioning, DenoiseState, Frames
-from models.tiles import Box, to_frames
+from models.tensors import DenoiseState, Frames
+from models.tiles import Box, stream_frames
 from models.transformer_sharding import shard_z_image
 from models.weights import choose_device, choose_dtype, load_component
 from parallel.guidance import predict_each
@@ -57,22 +59,22 @@ class ZImageVideoEncoder:
         request: VideoRequest,
         start_image: bytes | None,
         source_frames: NDArray[np.uint8] | None = None,
-    ) -> Conditioning:
+    ) -> ZImageConditioning:
         """Guidance of 1 needs no negative text. Raises nothing of the user's making."""
         positive, num_tokens = self._encode_text(request.prompt)
         negative = None
         if request.guidance_scale != 1.0:
             negative, _ = self._encode_text(request.negative_prompt)
-        generated_size = self.model.generated_size(request.width, request.height)
+        generated_size = self.model.spec.generated_size(request.width, request.height)
         start_latents = source_latents = None
         if start_image is not None:
             pixels = pad_start_image(start_image, generated_size=generated_size)
             start_latents = self._encode_frames(pixels[:, None])
         if source_frames is not None:
-            count = self.model.generated_frames(request.num_frames, request.f_patch_size)
+            count = self.model.spec.generated_frames(request.num_frames, request.f_patch_size)
             frames = source_frames[np.minimum(np.arange(count), len(source_frames) - 1)]
             source_latents = self._encode_frames(pad_frames(frames, generated_size=generated_size))
-        return Conditioning(positive, negative, start_latents, source_latents, num_tokens)
+        return ZImageConditioning(positive, negative, start_latents, source_latents, num_tokens)
 
     def _encode_text(self, text: str) -> tuple[Any, int]:
         """float32 [N, D] without padding, and the number of tokens before truncation."""
@@ -87,12 +89,12 @@ class ZImageVideoEncoder:
         states = self.text_encoder(input_ids=kept, output_hidden_states=True).hidden_states[-2]
         return states[0].float().cpu().numpy(), len(token_ids)
 
-    def _encode_frames(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _encode_frames(self, pixels: FloatArray) -> FloatArray:
         """[3, F, H, W] in -1..1 -> normalised latents [C, (F-1)/4+1, H/8, W/8]."""
         video = torch.from_numpy(pixels)[None].to(self.device, self.vae.dtype)
         latents = self.vae.encode(video).latent_dist.mode().float()
         mean, deviation = _latent_statistics(self.vae)
-        normalised: NDArray[np.float32] = ((latents - mean) / deviation)[0].cpu().numpy()
+        normalised: FloatArray = ((latents - mean) / deviation)[0].cpu().numpy()
         return normalised
 
 
@@ -101,7 +103,7 @@ class Row(NamedTuple):
 
     latents: Tensor
     time: float
-    text: NDArray[np.float32]
+    text: FloatArray
 
 
 class ZImageVideoDenoiser:
@@ -145,7 +147,7 @@ class ZImageVideoDenoiser:
         )
 
     @torch.inference_mode()
-    def start(self, request: VideoRequest, conditioning: Conditioning) -> DenoiseState:
+    def start(self, request: VideoRequest, conditioning: ZImageConditioning) -> DenoiseState:
         """Noise at full shape from the seed alone, on the CPU: the same on every machine.
 
         A source video is noised to the level at which the last `strength` of the steps begins
@@ -156,15 +158,14 @@ class ZImageVideoDenoiser:
         noise = torch.randn(shape, generator=generator).to(self.device)
         if conditioning.source_latents is None or request.strength is None:
             return DenoiseState(noise, 0, request.num_steps, generator.get_state())
-        # At least one step is made.
-        first = request.num_steps - max(1, round(request.num_steps * request.strength))
+        first = first_step(request)
         sigma = float(self._schedule(request).sigmas[first])
         source = torch.tensor(conditioning.source_latents, device=self.device)[None]
         mixed = (1.0 - sigma) * source + sigma * noise
         return DenoiseState(mixed, first, request.num_steps, generator.get_state())
 
     def step(
-        self, request: VideoRequest, conditioning: Conditioning, state: DenoiseState
+        self, request: VideoRequest, conditioning: ZImageConditioning, state: DenoiseState
     ) -> DenoiseState:
         """One Euler step."""
         return self.step_all([request], [conditioning], [state])[0]
@@ -177,7 +178,7 @@ class ZImageVideoDenoiser:
     def step_all(
         self,
         requests: Sequence[VideoRequest],
-        conditionings: Sequence[Conditioning],
+        conditionings: Sequence[ZImageConditioning],
         states: Sequence[DenoiseState],
     ) -> list[DenoiseState]:
         """One Euler step of each; one rank makes all of their texts as one batch.
@@ -215,10 +216,10 @@ class ZImageVideoDenoiser:
 
     def _latent_size(self, request: VideoRequest) -> tuple[int, int, int]:
         """Latent frames, height and width."""
-        width, height = self.model.generated_size(request.width, request.height)
-        frames = self.model.generated_frames(request.num_frames, request.f_patch_size)
-        latent_frames = (frames - 1) // self.model.frame_stride + 1
-        scale = self.model.latent_scale
+        width, height = self.model.spec.generated_size(request.width, request.height)
+        frames = self.model.spec.generated_frames(request.num_frames, request.f_patch_size)
+        latent_frames = (frames - 1) // self.model.spec.frame_stride + 1
+        scale = self.model.spec.latent_scale
         return latent_frames, height // scale, width // scale
 
     def _schedule(self, request: VideoRequest) -> FlowMatchEulerDiscreteScheduler:
@@ -257,31 +258,26 @@ class ZImageVideoDecoder:
         self.vae.encoder = None
 
     @torch.inference_mode()
-    def decode(self, request: VideoRequest, latents: NDArray[np.float32]) -> Iterator[Frames]:
+    def decode(self, request: VideoRequest, latents: FloatArray) -> Iterator[Frames]:
         """Frames trimmed to the asked count and, from the middle, to the asked size."""
-        remaining = request.num_frames
-        for chunk in self._decode_chunks(self.vae.post_quant_conv(self._scale(latents))):
-            if self.vae.config.patch_size is not None:
-                chunk = unpatchify(chunk, self.vae.config.patch_size)
-            frames = to_frames(chunk[0].float().cpu().numpy(), request)
-            pixels = frames.pixels[:remaining]
-            remaining -= len(pixels)
-            yield replace(frames, pixels=pixels)
-            if remaining <= 0:
-                return
+        patch = self.vae.config.patch_size
+        chunks = self._decode_chunks(self.vae.post_quant_conv(self._scale(latents)))
+        if patch is not None:
+            chunks = (unpatchify(chunk, patch) for chunk in chunks)
+        yield from stream_frames((chunk[0].float().cpu().numpy() for chunk in chunks), request)
 
     @torch.inference_mode()
-    def decode_tile(self, latents: NDArray[np.float32], box: Box) -> NDArray[np.float32]:
+    def decode_tile(self, latents: FloatArray, box: Box) -> FloatArray:
         """A tile of `AutoencoderKLWan.tiled_decode` before it is blended, [C, F, h, w]."""
         scaled = self._scale(latents)[
             :, :, :, box.top : box.top + box.height, box.left : box.left + box.width
         ]
         frames = [self.vae.post_quant_conv(frame) for frame in scaled.split(1, dim=2)]
         decoded = torch.cat(list(self._decode_chunks(torch.cat(frames, dim=2))), dim=2)
-        pixels: NDArray[np.float32] = decoded[0].float().cpu().numpy()
+        pixels: FloatArray = decoded[0].float().cpu().numpy()
         return pixels
 
-    def _scale(self, latents: NDArray[np.float32]) -> Tensor:
+    def _scale(self, latents: FloatArray) -> Tensor:
         mean, deviation = _latent_statistics(self.vae)
         scaled = torch.tensor(latents, device=self.device) * deviation + mean
         return scaled.to(self.vae.dtype)
@@ -307,13 +303,13 @@ def _latent_statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
     )
 
 
-def _texts(conditioning: Conditioning) -> list[NDArray[np.float32]]:
+def _texts(conditioning: ZImageConditioning) -> list[FloatArray]:
     """Positive, then negative if there is guidance."""
     texts = [conditioning.positive]
     return texts if conditioning.negative is None else [*texts, conditioning.negative]
 
 
-def _hold_start_frame(latents: Tensor, conditioning: Conditioning) -> Tensor:
+def _hold_start_frame(latents: Tensor, conditioning: ZImageConditioning) -> Tensor:
     if conditioning.start_latents is None:
         return latents
     start = torch.tensor(conditioning.start_latents, device=latents.device)[None]

@@ -34,10 +34,10 @@ from jobs.store import LeaseLost
 from media.object_store import LocalObjectStore
 from models.catalog import Model
 from models.checkpoint import unpack
+from models.conditioning import ZImageConditioning
 from models.denoise import denoise
 from models.request import VideoRequest
 from models.stages import load_denoiser, load_encoder
-from models.tensors import Conditioning
 from parallel.plan import ParallelPlan
 from tests.serve.conftest import wait_until
 
@@ -155,7 +155,7 @@ def request_(a_request: Callable[..., VideoRequest]) -> VideoRequest:
 
 
 @pytest.fixture
-def conditioning(model: Model, request_: VideoRequest) -> Conditioning:
+def conditioning(model: Model, request_: VideoRequest) -> ZImageConditioning:
     return load_encoder(model).encode(request_, None)
 
 
@@ -163,7 +163,7 @@ def run(
     denoiser: DeploymentHandle[Any],
     job_id: str,
     request: VideoRequest,
-    conditioning: Conditioning,
+    conditioning: ZImageConditioning,
     act: Callable[[], None] = lambda: None,
 ) -> tuple[Latents, list[int]]:
     """The latents and the steps that were told; act is called once, after the fifth."""
@@ -186,7 +186,7 @@ def test_two_nodes_share_a_step_by_a_ring_and_survive_the_loss_of_one(
     store: LocalObjectStore,
     model: Model,
     request_: VideoRequest,
-    conditioning: Conditioning,
+    conditioning: ZImageConditioning,
 ) -> None:
     *_, alone = denoise(load_denoiser(model), request_, conditioning)
     shared, steps = run(denoiser, "undisturbed", request_, conditioning)
@@ -207,7 +207,7 @@ def test_two_nodes_share_a_step_by_a_ring_and_survive_the_loss_of_one(
 
 
 def test_the_model_that_was_used_last_stays_and_another_goes(
-    denoiser: DeploymentHandle[Any], request_: VideoRequest, conditioning: Conditioning
+    denoiser: DeploymentHandle[Any], request_: VideoRequest, conditioning: ZImageConditioning
 ) -> None:
     describe: Any = denoiser.options(method_name="describe")
 
@@ -228,7 +228,7 @@ def test_the_model_that_was_used_last_stays_and_another_goes(
 
 
 def test_a_model_in_use_makes_room_only_when_its_request_has_left(
-    denoiser: DeploymentHandle[Any], request_: VideoRequest, conditioning: Conditioning
+    denoiser: DeploymentHandle[Any], request_: VideoRequest, conditioning: ZImageConditioning
 ) -> None:
     other = request_.model_copy(update={"model": "other"})
     expected, _ = run(denoiser, "first", request_, conditioning)
@@ -248,7 +248,7 @@ def test_a_model_in_use_makes_room_only_when_its_request_has_left(
 
 
 def test_who_leaves_while_a_model_makes_room_takes_no_memory_along(
-    denoiser: DeploymentHandle[Any], request_: VideoRequest, conditioning: Conditioning
+    denoiser: DeploymentHandle[Any], request_: VideoRequest, conditioning: ZImageConditioning
 ) -> None:
     describe: Any = denoiser.options(method_name="describe")
     other = request_.model_copy(update={"model": "other"})
@@ -268,7 +268,7 @@ def test_who_leaves_while_a_model_makes_room_takes_no_memory_along(
 
 
 def test_the_same_job_again_ends_the_one_that_nobody_waits_for(
-    denoiser: DeploymentHandle[Any], request_: VideoRequest, conditioning: Conditioning
+    denoiser: DeploymentHandle[Any], request_: VideoRequest, conditioning: ZImageConditioning
 ) -> None:
     """Its pipeline was killed, which Ray tells nobody."""
     begun: list[Any] = []
@@ -285,7 +285,7 @@ def test_the_same_job_again_ends_the_one_that_nobody_waits_for(
 
 
 def test_a_call_of_an_earlier_lease_that_comes_late_ends_nothing(
-    denoiser: DeploymentHandle[Any], request_: VideoRequest, conditioning: Conditioning
+    denoiser: DeploymentHandle[Any], request_: VideoRequest, conditioning: ZImageConditioning
 ) -> None:
     handle: Any = denoiser.options(method_name="denoise", stream=True)
     refused: list[str] = []
@@ -307,7 +307,7 @@ def test_a_call_of_an_earlier_lease_that_comes_late_ends_nothing(
 
 
 def test_requests_alike_make_their_steps_in_one(
-    batching: DeploymentHandle[Any], request_: VideoRequest, conditioning: Conditioning
+    batching: DeploymentHandle[Any], request_: VideoRequest, conditioning: ZImageConditioning
 ) -> None:
     handle: Any = batching.options(method_name="denoise", stream=True)
     describe: Any = batching.options(method_name="describe")
@@ -326,7 +326,7 @@ def test_requests_alike_make_their_steps_in_one(
 
 
 def test_only_who_runs_on_the_dead_rank_is_to_blame(
-    side_by_side: DeploymentHandle[Any], request_: VideoRequest, conditioning: Conditioning
+    side_by_side: DeploymentHandle[Any], request_: VideoRequest, conditioning: ZImageConditioning
 ) -> None:
     describe: Any = side_by_side.options(method_name="describe")
     handle: Any = side_by_side.options(method_name="denoise", stream=True)
@@ -354,7 +354,7 @@ def test_only_who_runs_on_the_dead_rank_is_to_blame(
 
 
 def test_a_request_goes_where_its_model_is(
-    replicas: DeploymentHandle[Any], request_: VideoRequest, conditioning: Conditioning
+    replicas: DeploymentHandle[Any], request_: VideoRequest, conditioning: ZImageConditioning
 ) -> None:
     requests = [request_, request_.model_copy(update={"model": "other"})]
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from models.catalog import Model, WeightsDamaged, WeightsMissing, load_model
+from models.catalog import Model, load_model
 from models.request import InvalidRequest, ModelFamily
+from models.spec import WeightsDamaged, WeightsMissing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,8 +29,8 @@ def test_the_shipped_model_is_whole_small_and_free_of_pickles() -> None:
     folder = ROOT / "models" / "demo"
     model = load_model(folder)
     assert model.manifest.trained
-    assert model.f_patch_sizes == (1, 2, 4)
-    assert (model.frame_stride, model.size_multiple) == (4, 16)
+    assert model.spec.f_patch_sizes == (1, 2, 4)
+    assert (model.spec.frame_stride, model.spec.size_multiple) == (4, 16)
     files = [path for path in folder.rglob("*") if path.is_file()]
     listed = set(model.manifest.sha256)
     assert {path.relative_to(folder).as_posix() for path in files} - listed == {
@@ -92,15 +93,15 @@ def test_a_broken_manifest_is_refused(copied: Path, content: str) -> None:
 def test_generated_frames_fill_whole_patches(
     model: Model, asked: int, f_patch_size: int, generated: int
 ) -> None:
-    frames = model.generated_frames(asked, f_patch_size)
+    frames = model.spec.generated_frames(asked, f_patch_size)
     assert frames == generated
     assert frames % 4 == 1
     assert ((frames - 1) // 4 + 1) % f_patch_size == 0
 
 
 def test_generated_sizes_are_the_next_multiples(model: Model) -> None:
-    assert model.generated_size(64, 64) == (64, 64)
-    assert model.generated_size(66, 50) == (80, 64)
+    assert model.spec.generated_size(64, 64) == (64, 64)
+    assert model.spec.generated_size(66, 50) == (80, 64)
 
 
 def test_a_prompt_alone_is_a_whole_request(model: Model) -> None:

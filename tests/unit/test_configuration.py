@@ -15,7 +15,7 @@ from deployments.app import build
 from deployments.config import AppConfig, read_or_create_secret, read_settings
 from deployments.launch import port_is_free
 from deployments.origin import PACKAGES, check_origin
-from models.catalog import WeightsMissing
+from models.spec import WeightsMissing
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVE_CONFIG = yaml.safe_load((ROOT / "serve_config.yaml").read_text())

@@ -14,11 +14,12 @@ import torch
 from bench.ranks import run_ranks
 from deployments.rank import Rank
 from models.catalog import Model, load_model
+from models.conditioning import ZImageConditioning
 from models.denoise import denoise
 from models.memory import OutOfMemory, within_memory
 from models.request import VideoRequest
 from models.stages import load_denoiser, load_encoder
-from models.tensors import Conditioning, ParkedState
+from models.tensors import ParkedState
 from parallel.plan import ParallelPlan
 from parallel.traffic import Traffic
 
@@ -33,7 +34,7 @@ def make_rank(model: Model) -> Rank:
 
 
 def step(
-    rank: Rank, request: VideoRequest, conditioning: Conditioning, state: ParkedState
+    rank: Rank, request: VideoRequest, conditioning: ZImageConditioning, state: ParkedState
 ) -> tuple[Traffic, ParkedState]:
     traffic, after = rank.step(ONE, (0,), [request], conditioning, state)
     assert isinstance(traffic, Traffic)
@@ -58,7 +59,7 @@ def _run_out_of_memory(_rank: int, folder: Path) -> tuple[str, list[int]]:
     model = load_model(folder)
     rank = make_rank(model)
     text = np.zeros((8, 128), np.float32)
-    conditioning = Conditioning(text, None, None, None, 8)
+    conditioning = ZImageConditioning(text, None, None, None, 8)
     small = model.resolve({"prompt": "x", "num_steps": 2, "seed": 1, "guidance_scale": 1.0})
     large = small.model_copy(update={"num_frames": 129, "width": 1024, "height": 1024})
     begun = rank.start(small, conditioning)
@@ -103,7 +104,7 @@ def test_other_faults_are_not_taken_for_a_lack_of_memory(
     model: Model, a_request: Callable[..., VideoRequest]
 ) -> None:
     request = a_request(guidance_scale=1.0)
-    narrow = Conditioning(np.zeros((8, 3), np.float32), None, None, None, 8)
+    narrow = ZImageConditioning(np.zeros((8, 3), np.float32), None, None, None, 8)
     rank = make_rank(model)
     state = rank.start(request, narrow)
     with pytest.raises(RuntimeError, match="must match the size"):

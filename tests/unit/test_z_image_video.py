@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from models.catalog import Model, WeightsDamaged
+from models.catalog import Model
+from models.conditioning import ZImageConditioning
 from models.denoise import denoise
-from models.request import ModelFamily, VideoRequest
-from models.stages import FamilyNotBuilt, load_decoder, load_denoiser, load_encoder
-from models.tensors import Conditioning
+from models.request import VideoRequest
+from models.spec import WeightsDamaged
+from models.stages import load_denoiser
 from models.z_image_video import ZImageVideoDecoder, ZImageVideoDenoiser, ZImageVideoEncoder
 
 ARequest = Callable[..., VideoRequest]
@@ -50,7 +51,7 @@ def png(width: int, height: int) -> bytes:
 
 
 def latents_of(
-    denoiser: ZImageVideoDenoiser, request: VideoRequest, conditioning: Conditioning
+    denoiser: ZImageVideoDenoiser, request: VideoRequest, conditioning: ZImageConditioning
 ) -> FloatArray:
     *_, last = denoise(denoiser, request, conditioning)
     return np.asarray(last.latents.numpy())
@@ -241,11 +242,4 @@ def test_a_checkpoint_without_a_parameter_is_refused(model: Model, tmp_path: Pat
 
 def test_f_patch_sizes_are_the_checkpoints_own(model: Model) -> None:
     config = json.loads((model.folder / "transformer" / "config.json").read_text())
-    assert list(model.f_patch_sizes) == config["all_f_patch_size"]
-
-
-@pytest.mark.parametrize("load", [load_encoder, load_denoiser, load_decoder])
-def test_a_family_without_code_is_refused(model: Model, load: Callable[[Model], object]) -> None:
-    manifest = model.manifest.model_copy(update={"family": ModelFamily.SVD})
-    with pytest.raises(FamilyNotBuilt, match="svd"):
-        load(replace(model, manifest=manifest))
+    assert list(model.spec.f_patch_sizes) == config["all_f_patch_size"]

@@ -1,0 +1,206 @@
+"""AnimateDiff: Stable Diffusion 1.5 with a motion module, up to 32 frames at a time.
+
+Follows `diffusers.AnimateDiffPipeline` (Guo et al., arXiv:2307.04725), and to change a video
+`AnimateDiffVideoToVideoPipeline`, from the mode of the VAE's posterior rather than a sample of it.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.models.unets.unet_motion_model import MotionAdapter, UNetMotionModel
+from diffusers.pipelines.animatediff.pipeline_animatediff import AnimateDiffPipeline
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPTextModel
+
+from models.catalog import Model
+from models.conditioning import AnimateDiffConditioning, FloatArray
+from models.denoise import first_step
+from models.frame_unet import FrameUnet, guide
+from models.request import VideoRequest
+from models.schedulers import DiffusionSchedules, advance, begin_at
+from models.spec import read_json
+from models.start_image import pad_frames
+from models.tensors import DenoiseState, Frames
+from models.tiles import stream_frames
+from models.weights import choose_device, choose_dtype, load_component
+from parallel.mesh import Mesh
+from parallel.plan import FrameShape
+
+
+class AnimateDiffEncoder:
+    """CLIP's states for the words, the VAE's latents for a video that is to be changed."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.device = choose_device()
+        dtype = choose_dtype(self.device)
+        self.vae = load_component(AutoencoderKL, model.folder / "vae", dtype, self.device)
+        self.vae.decoder = None
+        self.pipeline = AnimateDiffPipeline(
+            vae=None,
+            text_encoder=load_component(
+                CLIPTextModel, model.folder / "text_encoder", dtype, self.device
+            ),
+            tokenizer=AutoTokenizer.from_pretrained(
+                model.folder / "tokenizer", local_files_only=True, trust_remote_code=False
+            ),
+            unet=None,
+            motion_adapter=None,
+            scheduler=None,
+        )
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        request: VideoRequest,
+        start_image: bytes | None,
+        source_frames: NDArray[np.uint8] | None = None,
+    ) -> AnimateDiffConditioning:
+        """ValueError with a start image, which no admitted request has."""
+        if start_image is not None:
+            raise ValueError("AnimateDiff makes no video from an image")
+        guided = request.guidance_scale > 1.0
+        positive, negative = self.pipeline.encode_prompt(
+            request.prompt, self.device, 1, guided, request.negative_prompt
+        )
+        source_latents = None
+        if source_frames is not None:
+            frames = np.minimum(np.arange(request.num_frames), len(source_frames) - 1)
+            source_latents = self._encode_frames(source_frames[frames])
+        return AnimateDiffConditioning(
+            positive=positive[0].float().cpu().numpy(),
+            negative=negative[0].float().cpu().numpy() if guided else None,
+            source_latents=source_latents,
+            num_tokens=len(self.pipeline.tokenizer(request.prompt)["input_ids"]),
+        )
+
+    def _encode_frames(self, frames: NDArray[np.uint8]) -> FloatArray:
+        """uint8 [F, H, W, 3] -> [C, F, H/8, W/8]."""
+        height, width = frames.shape[1:3]
+        size = self.model.spec.generated_size(width, height)
+        pixels = torch.from_numpy(pad_frames(frames, generated_size=size)).transpose(0, 1)
+        encoded = [
+            self.vae.encode(chunk.to(self.device, self.vae.dtype)).latent_dist.mode().float()
+            for chunk in pixels.split(self.model.manifest.decode_chunk_frames)
+        ]
+        scaled = self.vae.config.scaling_factor * torch.cat(encoded)
+        latents: FloatArray = scaled.transpose(0, 1).cpu().numpy()
+        return latents
+
+
+class AnimateDiffDenoiser:
+    """Classifier-free guidance over a UNet whose motion modules see all frames."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.device = choose_device()
+        self.dtype = choose_dtype(self.device)
+        self.unet = FrameUnet(_load_unet(model, self.dtype, self.device))
+        self.schedules = DiffusionSchedules(model.folder)
+
+    def use(self, mesh: Mesh) -> None:
+        """Share every step from now on with the mesh's other ranks, which are to do the same."""
+        self.unet.use(mesh)
+
+    def shape(self, request: VideoRequest, num_texts: int) -> FrameShape:
+        """What a step of the request costs."""
+        return self.unet.shape(self.model, request, num_texts)
+
+    @torch.inference_mode()
+    def start(self, request: VideoRequest, conditioning: AnimateDiffConditioning) -> DenoiseState:
+        """Noise from the seed alone; a source video with as much of it as `strength` says."""
+        width, height = self.model.spec.generated_size(request.width, request.height)
+        scale = self.model.spec.latent_scale
+        shape = (1, self.unet.unet.config.in_channels, request.num_frames)
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        noise = torch.randn((*shape, height // scale, width // scale), generator=generator)
+        noise = noise.to(self.device)
+        schedule = self.schedules.schedule(request, self.device)
+        first = 0
+        if conditioning.source_latents is None:
+            latents = noise * schedule.init_noise_sigma
+        else:
+            first = first_step(request)
+            source = torch.tensor(conditioning.source_latents, device=self.device)[None]
+            latents = schedule.add_noise(source, noise, schedule.timesteps[first : first + 1])
+        return DenoiseState(latents, first, request.num_steps, generator.get_state())
+
+    def step(
+        self, request: VideoRequest, conditioning: AnimateDiffConditioning, state: DenoiseState
+    ) -> DenoiseState:
+        """One step."""
+        return self.step_all([request], [conditioning], [state])[0]
+
+    def batch(self, request: VideoRequest) -> Hashable | None:
+        """Every request makes its steps alone."""
+        return None
+
+    @torch.inference_mode()
+    def step_all(
+        self,
+        requests: Sequence[VideoRequest],
+        conditionings: Sequence[AnimateDiffConditioning],
+        states: Sequence[DenoiseState],
+    ) -> list[DenoiseState]:
+        """One step of the only request."""
+        ((request, told, state),) = zip(requests, conditionings, states, strict=True)
+        schedule = self.schedules.schedule(request, self.device)
+        timestep = begin_at(schedule, state.step)
+        scaled = schedule.scale_model_input(state.latents, timestep)
+
+        def call(texts: Sequence[FloatArray], frames: slice) -> Tensor:
+            states = torch.tensor(np.stack(texts), dtype=self.dtype, device=self.device)
+            noisy = scaled[:, :, frames].expand(len(texts), -1, -1, -1, -1)
+            noise: Tensor = self.unet.unet(
+                noisy.to(self.dtype),
+                timestep,
+                encoder_hidden_states=states.repeat_interleave(noisy.shape[2], dim=0),
+            ).sample
+            return noise
+
+        texts = [told.positive] if told.negative is None else [told.negative, told.positive]
+        predicted = self.unet.predict(texts, request.num_frames, call, frame_dim=2)
+        guided = guide(predicted, request.guidance_scale)
+        return [advance(schedule, guided, timestep, state.latents, state)]
+
+
+class AnimateDiffDecoder:
+    """The image VAE, frame by frame, decode_chunk_frames at a time."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.device = choose_device()
+        self.vae = load_component(
+            AutoencoderKL, model.folder / "vae", choose_dtype(self.device), self.device
+        )
+        self.vae.encoder = None
+
+    @torch.inference_mode()
+    def decode(self, request: VideoRequest, latents: FloatArray) -> Iterator[Frames]:
+        """Frames cut, from the middle, to the asked size."""
+        scaled = 1 / self.vae.config.scaling_factor * torch.tensor(latents[0], device=self.device)
+        chunks = (
+            self.vae.decode(chunk).sample
+            for chunk in scaled.transpose(0, 1)
+            .to(self.vae.dtype)
+            .split(self.model.manifest.decode_chunk_frames)
+        )
+        yield from stream_frames(
+            (chunk.transpose(0, 1).float().cpu().numpy() for chunk in chunks), request
+        )
+
+
+def _load_unet(model: Model, dtype: torch.dtype, device: torch.device) -> Any:
+    """One `UNetMotionModel`, or Stable Diffusion's UNet and a motion adapter put together."""
+    folder = model.folder / "unet"
+    if read_json(folder / "config.json").get("_class_name") == "UNetMotionModel":
+        return load_component(UNetMotionModel, folder, dtype, device)
+    unet = load_component(UNet2DConditionModel, folder, dtype, device)
+    adapter = load_component(MotionAdapter, model.folder / "motion_adapter", dtype, device)
+    joined = UNetMotionModel.from_unet2d(unet, adapter)
+    return joined.to(device, dtype).eval().requires_grad_(False)

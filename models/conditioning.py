@@ -1,0 +1,106 @@
+"""What each family's denoiser is told: numpy arrays, so that no torch is needed to pass them on."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+
+
+class Conditioning(Protocol):
+    """What is known of any family's."""
+
+    @property
+    def num_tokens(self) -> int:
+        """The prompt's, before it was cut to the model's limit; 0 if it takes none."""
+        ...
+
+    @property
+    def num_texts(self) -> int:
+        """How many a step predicts with: 2 with classifier-free guidance."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ZImageConditioning:
+    """Text states [N, D], positive and negative.
+
+    start_latents: [C, 1, H, W], the start frame's normalised latents, if there is one;
+    source_latents: [C, F, H, W], those of a video that is to be changed.
+    """
+
+    positive: FloatArray
+    negative: FloatArray | None
+    start_latents: FloatArray | None
+    source_latents: FloatArray | None
+    num_tokens: int
+
+    @property
+    def num_texts(self) -> int:
+        """How many a step predicts with."""
+        return 1 if self.negative is None else 2
+
+
+@dataclass(frozen=True, slots=True)
+class AnimateDiffConditioning:
+    """CLIP's states [77, D] of the positive and the negative text.
+
+    source_latents: [C, F, H, W] of a video that is to be changed, scaled as the UNet has them.
+    """
+
+    positive: FloatArray
+    negative: FloatArray | None
+    source_latents: FloatArray | None
+    num_tokens: int
+
+    @property
+    def num_texts(self) -> int:
+        """How many a step predicts with."""
+        return 1 if self.negative is None else 2
+
+
+@dataclass(frozen=True, slots=True)
+class SvdConditioning:
+    """A start image: CLIP's embedding [1, D] and the VAE's latents [C, H, W], with noise added.
+
+    generator: the request's, after that noise was drawn, uint8 [N]. With guidance, the second
+    "text" is zeros.
+    """
+
+    embedding: FloatArray
+    latents: FloatArray
+    generator: NDArray[np.uint8]
+    guided: bool
+    num_tokens: int = 0
+
+    @property
+    def num_texts(self) -> int:
+        """How many a step predicts with."""
+        return 2 if self.guided else 1
+
+
+@dataclass(frozen=True, slots=True)
+class HunyuanText:
+    """States [N, D] of a text's tokens, without padding, and CLIP's pooled ones [P]."""
+
+    states: FloatArray
+    pooled: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class HunyuanConditioning:
+    """The texts; of image-to-video those that have seen the start image, and its latents,
+    [C, 1, H, W].
+    """
+
+    positive: HunyuanText
+    negative: HunyuanText | None
+    start_latents: FloatArray | None
+    num_tokens: int
+
+    @property
+    def num_texts(self) -> int:
+        """How many a step predicts with."""
+        return 1 if self.negative is None else 2

@@ -1,0 +1,88 @@
+"""A factorised UNet at work: its texts and its frames shared by the ranks of a mesh."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from models.catalog import Model
+from models.cost import UNET_PARAMETERS, denoise_shape
+from models.request import VideoRequest
+from models.unet_sharding import shard_frames
+from parallel.guidance import predict_each
+from parallel.mesh import Mesh, MeshBuilder
+from parallel.plan import FrameShape, ParallelPlan
+
+Text = TypeVar("Text")
+
+
+class FrameUnet:
+    """diffusers' `UNetMotionModel` or `UNetSpatioTemporalConditionModel`."""
+
+    def __init__(self, unet: Any) -> None:
+        self.unet = unet
+        self.sharding = shard_frames(unet)
+        self.use(MeshBuilder(0, 1).mesh(ParallelPlan(), (0,)))
+
+    def use(self, mesh: Mesh) -> None:
+        """Share every prediction from now on with the mesh's other ranks."""
+        self.mesh = mesh
+
+    def predict(
+        self,
+        texts: Sequence[Text],
+        num_frames: int,
+        call: Callable[[Sequence[Text], slice], Tensor],
+        *,
+        frame_dim: int,
+    ) -> list[Tensor]:
+        """One prediction for each text, of all frames, on every rank.
+
+        call: predicts with these texts, as one batch, the frames of this slice.
+        """
+        frames = self.sharding.use(self.mesh.part, num_frames)
+        here = slice(frames.offset, frames.offset + frames.size)
+        if self.mesh.guidance.size == 1:
+            predicted = call(texts, here)
+        else:
+            each = predict_each(self.mesh.guidance, texts, lambda text: call([text], here))
+            predicted = torch.cat(each)
+        if self.mesh.part.size > 1:
+            predicted = self.mesh.part.all_gather(predicted, frames.sizes, frame_dim)
+        return list(predicted.split(1))
+
+    def shape(self, model: Model, request: VideoRequest, num_texts: int) -> FrameShape:
+        """What a step costs: that of the published UNet, by this one's parameters."""
+        scale = model.spec.latent_scale
+        width, height = model.spec.generated_size(request.width, request.height)
+        # as many latents as the published model's VAE would make
+        shape = denoise_shape(
+            request.family,
+            request.num_frames,
+            8 * width // scale,
+            8 * height // scale,
+            guided=num_texts == 2,
+        )
+        assert isinstance(shape, FrameShape)
+        parameters = sum(weight.numel() for weight in self.unet.parameters())
+        share = parameters / UNET_PARAMETERS[request.family]
+        bytes_share = share**0.5 * self.unet.dtype.itemsize / 2
+        return replace(
+            shape,
+            flops=shape.flops * share,
+            temporal_bytes=shape.temporal_bytes * bytes_share,
+            halo_bytes=shape.halo_bytes * bytes_share,
+        )
+
+
+def guide(predicted: Sequence[Tensor], scale: "float | Tensor") -> Tensor:
+    """negative + scale * (positive - negative) in float32, of [negative, positive] or [positive].
+
+    Classifier-free guidance (arXiv:2207.12598).
+    """
+    *negative, positive = (prediction.float() for prediction in predicted)
+    if not negative:
+        return positive
+    return negative[0] + scale * (positive - negative[0])

@@ -1,0 +1,225 @@
+"""Stable Video Diffusion: a start image set in motion, 14 (svd) or 25 (svd-xt) frames.
+
+Follows `diffusers.StableVideoDiffusionPipeline` (Blattmann et al., arXiv:2311.15127): the image
+comes in twice, as CLIP's embedding and as latents beside those of every frame.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import (
+    AutoencoderKLTemporalDecoder,
+)
+from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import (
+    StableVideoDiffusionPipeline,
+)
+from diffusers.utils.torch_utils import randn_tensor
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+from models.catalog import Model
+from models.conditioning import FloatArray, SvdConditioning
+from models.frame_unet import FrameUnet, guide
+from models.request import VideoRequest
+from models.schedulers import DiffusionSchedules, advance, begin_at
+from models.start_image import padded_image
+from models.tensors import DenoiseState, Frames
+from models.tiles import stream_frames
+from models.weights import choose_device, choose_dtype, load_component
+from parallel.mesh import Mesh
+from parallel.plan import FrameShape
+
+# The publishers' own where nothing is said.
+MOTION_BUCKET, NOISE_AUG_STRENGTH, MIN_GUIDANCE_SCALE = 127, 0.02, 1.0
+# What makes that bucket of 0.7, the founding API's default.
+MOTION_BUCKETS = 181.4
+
+
+class SvdEncoder:
+    """CLIP's embedding of the start image, and its latents after a little noise."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.device = choose_device()
+        dtype = choose_dtype(self.device)
+        image_encoder = load_component(
+            CLIPVisionModelWithProjection, model.folder / "image_encoder", dtype, self.device
+        )
+        vae = _load_vae(model, dtype, self.device)
+        vae.decoder = None
+        self.pipeline = StableVideoDiffusionPipeline(
+            vae=vae,
+            image_encoder=image_encoder,
+            unet=None,
+            scheduler=None,
+            feature_extractor=CLIPImageProcessor.from_pretrained(
+                model.folder / "feature_extractor", local_files_only=True
+            ),
+        )
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        request: VideoRequest,
+        start_image: bytes | None,
+        source_frames: NDArray[np.uint8] | None = None,
+    ) -> SvdConditioning:
+        """ValueError without a start image, which no admitted request lacks."""
+        if start_image is None or source_frames is not None:
+            raise ValueError("Stable Video Diffusion makes videos from an image")
+        width, height = self.model.spec.generated_size(request.width, request.height)
+        image = padded_image(start_image, generated_size=(width, height))
+        embedding = self.pipeline._encode_image(image, self.device, 1, False)
+        pixels = self.pipeline.video_processor.preprocess(image, height, width).to(self.device)
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        noise = randn_tensor(pixels.shape, generator=generator, device=self.device)
+        pixels = pixels + _noise_aug_strength(request) * noise
+        latents = self.pipeline._encode_vae_image(pixels, self.device, 1, False)
+        return SvdConditioning(
+            embedding=embedding[0].float().cpu().numpy(),
+            latents=latents[0].float().cpu().numpy(),
+            generator=generator.get_state().numpy(),
+            guided=request.guidance_scale > 1.0,
+        )
+
+
+class SvdDenoiser:
+    """Euler steps on velocity prediction; guidance grows from the first frame to the last."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.device = choose_device()
+        self.dtype = choose_dtype(self.device)
+        self.unet = FrameUnet(
+            load_component(
+                UNetSpatioTemporalConditionModel, model.folder / "unet", self.dtype, self.device
+            )
+        )
+        self.schedules = DiffusionSchedules(model.folder)
+
+    def use(self, mesh: Mesh) -> None:
+        """Share every step from now on with the mesh's other ranks, which are to do the same."""
+        self.unet.use(mesh)
+
+    def shape(self, request: VideoRequest, num_texts: int) -> FrameShape:
+        """What a step of the request costs."""
+        return self.unet.shape(self.model, request, num_texts)
+
+    @torch.inference_mode()
+    def start(self, request: VideoRequest, conditioning: SvdConditioning) -> DenoiseState:
+        """Noise from the request's generator, after the encoder has drawn what it adds."""
+        generator = torch.Generator("cpu")
+        generator.set_state(torch.tensor(conditioning.generator))
+        channels, height, width = conditioning.latents.shape
+        noise = torch.randn((1, request.num_frames, channels, height, width), generator=generator)
+        schedule = self.schedules.schedule(request, self.device)
+        latents = (noise.to(self.device) * schedule.init_noise_sigma).transpose(1, 2)
+        return DenoiseState(latents.contiguous(), 0, request.num_steps, generator.get_state())
+
+    def step(
+        self, request: VideoRequest, conditioning: SvdConditioning, state: DenoiseState
+    ) -> DenoiseState:
+        """One Euler step."""
+        return self.step_all([request], [conditioning], [state])[0]
+
+    def batch(self, request: VideoRequest) -> Hashable | None:
+        """Every request makes its steps alone."""
+        return None
+
+    @torch.inference_mode()
+    def step_all(
+        self,
+        requests: Sequence[VideoRequest],
+        conditionings: Sequence[SvdConditioning],
+        states: Sequence[DenoiseState],
+    ) -> list[DenoiseState]:
+        """One Euler step of the only request."""
+        ((request, told, state),) = zip(requests, conditionings, states, strict=True)
+        schedule = self.schedules.schedule(request, self.device)
+        timestep = begin_at(schedule, state.step)
+        latents = state.latents.transpose(1, 2)  # [1, F, C, H, W], as the UNet has them
+        scaled = schedule.scale_model_input(latents, timestep)
+        image = torch.tensor(told.latents, device=self.device)
+        image = image.expand(1, request.num_frames, *image.shape)
+        embedding = torch.tensor(told.embedding, dtype=self.dtype, device=self.device)[None]
+        added = [request.fps - 1, _motion_bucket(request), _noise_aug_strength(request)]
+        added_ids = torch.tensor([added], dtype=self.dtype, device=self.device)
+
+        def call(sees_image: Sequence[bool], frames: slice) -> Tensor:
+            beside = torch.cat([_or_zeros(image[:, frames], sees) for sees in sees_image])
+            noisy = scaled[:, frames].expand(len(sees_image), -1, -1, -1, -1)
+            velocity: Tensor = self.unet.unet(
+                torch.cat([noisy, beside], dim=2).to(self.dtype),
+                timestep,
+                encoder_hidden_states=torch.cat(
+                    [_or_zeros(embedding, sees) for sees in sees_image]
+                ),
+                added_time_ids=added_ids.expand(len(sees_image), -1),
+                return_dict=False,
+            )[0]
+            return velocity
+
+        sees_image = [False, True] if told.guided else [True]
+        predicted = self.unet.predict(sees_image, request.num_frames, call, frame_dim=1)
+        scales = torch.linspace(
+            _min_guidance_scale(request), request.guidance_scale, request.num_frames
+        ).to(self.device)
+        guided = guide(predicted, scales[None, :, None, None, None])
+        made = advance(schedule, guided, timestep, latents, state)
+        return [replace(made, latents=made.latents.transpose(1, 2).contiguous())]
+
+
+class SvdDecoder:
+    """Decodes runs of decode_chunk_frames; the frames of a run look at each other."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.device = choose_device()
+        self.vae = _load_vae(model, choose_dtype(self.device), self.device)
+        self.vae.encoder = None
+
+    @torch.inference_mode()
+    def decode(self, request: VideoRequest, latents: FloatArray) -> Iterator[Frames]:
+        """Frames cut, from the middle, to the asked size."""
+        scaled = torch.tensor(latents[0], device=self.device).transpose(0, 1)
+        scaled = (1 / self.vae.config.scaling_factor * scaled).to(self.vae.dtype)
+        chunks = (
+            self.vae.decode(chunk, num_frames=len(chunk)).sample
+            for chunk in scaled.split(self.model.manifest.decode_chunk_frames)
+        )
+        yield from stream_frames(
+            (chunk.transpose(0, 1).float().cpu().numpy() for chunk in chunks), request
+        )
+
+
+def _load_vae(model: Model, dtype: torch.dtype, device: torch.device) -> Any:
+    """In float32 where float16 would overflow, as the checkpoint says."""
+    vae = load_component(AutoencoderKLTemporalDecoder, model.folder / "vae", dtype, device)
+    return vae.float() if dtype is torch.float16 and vae.config.force_upcast else vae
+
+
+def _or_zeros(given: Tensor, is_given: bool) -> Tensor:
+    return given if is_given else torch.zeros_like(given)
+
+
+def _motion_bucket(request: VideoRequest) -> int:
+    if request.motion_bucket_id is not None:
+        return request.motion_bucket_id
+    if request.motion_strength is not None:
+        return round(MOTION_BUCKETS * request.motion_strength)
+    return MOTION_BUCKET
+
+
+def _noise_aug_strength(request: VideoRequest) -> float:
+    given = request.noise_aug_strength
+    return NOISE_AUG_STRENGTH if given is None else given
+
+
+def _min_guidance_scale(request: VideoRequest) -> float:
+    given = request.min_guidance_scale
+    return MIN_GUIDANCE_SCALE if given is None else given
