@@ -40,10 +40,11 @@ REFUSALS = (IntegrityError, AccountDisabled, StorageFull, TooManyJobs, Insuffici
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A deployed model and the tiers that serve it."""
+    """A deployed model, the tiers that serve it, and why, if its manifest's licence forbids it."""
 
     model: Model
     served_on: tuple[ServedOn, ...]
+    licence_override: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from deployments.text_encoder import TextEncoder
 from deployments.vae_decoder import VaeDecoder
 from media.object_store import LocalObjectStore
 from models.catalog import Model, load_model
+from models.licence import check_licence
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -89,5 +90,7 @@ def _read_offers(config: AppConfig) -> dict[str, Offer]:
         model: Model = load_model(ROOT / entry.path, entry.id)
         if model.id in offers:
             raise ValueError(f"two models are called {model.id!r}; give one of them an id")
-        offers[model.id] = Offer(model, entry.served_on)
+        if entry.licence_override is None:
+            check_licence(model, config.operation)  # LicenceForbids
+        offers[model.id] = Offer(model, entry.served_on, entry.licence_override)
     return offers

@@ -16,6 +16,7 @@ from credits.pricing import PriceTable, WorkWeights
 from credits.rates import RequestRate
 from deployments.url_guard import UrlGuardConfig
 from deployments.webhooks import WebhookConfig
+from models.licence import OperationConfig
 from models.start_image import ImageLimits
 
 
@@ -29,11 +30,13 @@ class LocalConfig(BaseModel, frozen=True, extra="forbid"):
 class ModelConfig(BaseModel, frozen=True, extra="forbid"):
     """A checkpoint folder, relative to the project's root or absolute, and who serves it.
 
-    id is its name in the API, by default its family's.
+    id is its name in the API, by default its family's. licence_override: why it may be offered
+    although the licence in its manifest does not allow it; shown by the API.
     """
 
     path: Path
     id: str | None = None
+    licence_override: str | None = Field(None, min_length=1)
     served_on: tuple[ServedOn, ...] = Field(min_length=1)
 
 
@@ -142,6 +145,7 @@ class AppConfig(BaseModel, frozen=True, extra="forbid"):
     database_url_env: str = "DATABASE_URL"
     storage: LocalConfig = LocalConfig()
     models: list[ModelConfig] = Field(min_length=1)
+    operation: OperationConfig = OperationConfig()
     tiers: list[TierConfig] = Field(min_length=1)
     prices: PriceTable = PriceTable()
     work_weights: WorkWeights = WorkWeights()

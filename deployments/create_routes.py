@@ -27,13 +27,15 @@ from jobs.job import Job, JobState
 from jobs.store import get_job
 from media.object_store import LocalObjectStore
 from media.renditions import Rendition, rendition_key
+from models.families import WITHOUT_PROMPT
 from models.request import InvalidRequest, NotSupported, VideoRequest
 from models.start_image import prepare_start_image
 
 # What a remix keeps of the request that it is made from.
 REMIXED = (
     "prompt", "negative_prompt", "num_frames", "width", "height", "fps", "f_patch_size",
-    "num_steps", "guidance_scale", "flow_shift", "motion_strength", "seed",
+    "num_steps", "guidance_scale", "flow_shift", "motion_strength", "seed", "min_guidance_scale",
+    "motion_bucket_id", "noise_aug_strength", "true_cfg_scale", "scheduler",
 )  # fmt: skip
 EDIT_STRENGTH = 0.6
 GENERATED_FRAMES = range(4, 130)  # of the founding API: 128 and the first frame
@@ -145,7 +147,7 @@ class CreateRoutes:
             raise NotSupported("video_id", "edited and extended videos cannot be remixed")
         if body.model not in (None, job.model):
             raise InvalidRequest("model", f"a remix is made by the video's own model, {job.model}")
-        if "prompt" not in body.fields:
+        if "prompt" not in body.fields and former.family not in WITHOUT_PROMPT:
             raise InvalidRequest("prompt", "prompt is required")
         if former.start_image is not None and body.image is None:  # its file is gone by now
             source = await self._read_source(job.id, account_of(request).id)
@@ -166,6 +168,9 @@ class CreateRoutes:
         if (first := await self._find_first(request, attempt)) is not None:
             return self._answer(first)
         self.admission.check_may_derive(account_of(request))
+        self.admission.offer(body.model).model.check_inputs(
+            start_image=body.image is not None, source_video=True
+        )
         source = await self._read_source(body.video, account_of(request).id)
         size = {} if "size" in body.fields else _size_of(source)
         fields = {"strength": EDIT_STRENGTH, "fps": source.shape.fps, **size, **body.fields}
@@ -242,6 +247,9 @@ class CreateRoutes:
     ) -> Job:
         """Refuse what can be refused before an image is fetched and decoded, then admit."""
         account = account_of(request)
+        self.admission.offer(resolved.model).model.check_inputs(
+            start_image=body.image is not None, source_video="source_video" in inputs
+        )
         if body.image is not None:
             named = dict.fromkeys([*inputs, "start_image"], PENDING)
             self.admission.check(account, resolved.model_copy(update=named))

@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from media.renditions import MEDIA_TYPES
+from models.request import Scheduler
 
 STRING, NUMBER, INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
 FILE = {"type": "string", "format": "binary"}
@@ -25,6 +26,11 @@ SETTINGS: dict[str, Any] = {
     "guidance_scale": NUMBER,
     "flow_shift": NUMBER,
     "motion_strength": NUMBER,
+    "min_guidance_scale": NUMBER,
+    "motion_bucket_id": INTEGER,
+    "noise_aug_strength": NUMBER,
+    "true_cfg_scale": NUMBER,
+    "scheduler": {"type": "string", "enum": list(Scheduler)},
     "seed": INTEGER,
     "tags": {"type": "array", "items": STRING},
     "user": STRING,

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from deployments.config import LimitsConfig
 from deployments.request_fields import has_surrogates, named_fields, nest_brackets, parse_json
 from models.catalog import Model
+from models.families import WITHOUT_PROMPT
 from models.request import InvalidRequest, VideoRequest
 from models.start_image import CropBox
 
@@ -38,8 +39,13 @@ class CreateBody:
 
     def resolve(self, model: Model, limits: LimitsConfig) -> VideoRequest:
         """The complete request for a model; InvalidRequest names the faulty field."""
-        _check_texts(self.fields, limits)
-        return model.resolve(self.with_size_and_frames(model.manifest.defaults.fps))
+        fields = self.with_size_and_frames(model.manifest.defaults.fps)
+        if model.manifest.family in WITHOUT_PROMPT:
+            fields.setdefault("prompt", "")
+        elif not str(fields.get("prompt", "-")).strip():
+            raise InvalidRequest("prompt", "prompt must not be empty")
+        _check_texts(fields, limits)
+        return model.resolve(fields)
 
     def with_size_and_frames(self, default_fps: int) -> dict[str, Any]:
         """The fields, size as width and height, seconds as num_frames; InvalidRequest."""
@@ -166,8 +172,6 @@ def _check_texts(fields: dict[str, Any], limits: LimitsConfig) -> None:
         raise InvalidRequest("tags", "tags must be a list of strings")
     for tag in tags:
         _check_text("tags", tag, limits)
-    if not fields["prompt"].strip():
-        raise InvalidRequest("prompt", "prompt must not be empty")
 
 
 def _check_text(name: str, text: Any, limits: LimitsConfig) -> None:

@@ -143,12 +143,13 @@ class VideoRoutes:
 
     def list_models(self) -> dict[str, Any]:
         """The deployed models."""
-        models = [model_json(offer.model) for offer in self.admission.offers.values()]
+        plans = self.admission.plans
+        models = [model_json(offer, plans) for offer in self.admission.offers.values()]
         return {"object": "list", "data": models}
 
     def get_model(self, model_id: str) -> dict[str, Any]:
         """One of them; ModelNotFound."""
-        return model_json(self.admission.offer(model_id).model)
+        return model_json(self.admission.offer(model_id), self.admission.plans)
 
     def _find(self, request: Request, video_id: str) -> Job:
         account = account_of(request)

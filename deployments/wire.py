@@ -7,12 +7,15 @@ from credits.accounts import Account
 from credits.api_keys import ApiKey
 from credits.audit import AuditEntry
 from credits.ledger import LedgerEntry
+from credits.plans import PlanTable
+from deployments.admission import Offer
 from deployments.estimate import Estimate
 from jobs.job import Job, JobEvent, JobState
 from jobs.outbox import Delivery
 from jobs.webhooks import Endpoint
 from models.catalog import Model
-from models.request import ModelFamily, VideoRequest, read_stored
+from models.families import SVD_FAMILIES, WITHOUT_PROMPT
+from models.request import VideoRequest, read_stored
 
 STATUSES = {
     JobState.QUEUED: "queued",
@@ -25,7 +28,6 @@ STATUSES = {
 
 POLL_AFTER_MS = "500"
 MAX_ASPECT_CHANGE = 0.1
-MOTION_FAMILIES = (ModelFamily.SVD, ModelFamily.SVD_XT)
 ENTRY_COLUMNS = (
     "number", "created_at", "kind", "amount", "debit", "credit", "reservation_id", "video_id",
 )  # fmt: skip
@@ -59,6 +61,8 @@ def video_json(job: Job, model: Model | None) -> dict[str, Any]:
         **request.model_dump(
             include={"prompt", "negative_prompt", "num_frames", "fps", "f_patch_size"}
             | {"num_steps", "guidance_scale", "flow_shift", "motion_strength", "strength"}
+            | {"min_guidance_scale", "motion_bucket_id", "noise_aug_strength", "true_cfg_scale"}
+            | {"scheduler"}
             | {"seed", "tags", "user"},
             warnings=False,  # of what a newer version may have written
         ),
@@ -86,8 +90,10 @@ def request_warnings(request: VideoRequest) -> list[str]:
                 f"the start image's aspect ({aspect:.2f}) differs from the video's "
                 f"({request.width / request.height:.2f}): its edges are cut off"
             )
-    if request.motion_strength is not None and request.family not in MOTION_FAMILIES:
+    if request.motion_strength is not None and request.family not in SVD_FAMILIES:
         warnings.append(f"motion_strength has no effect on {request.family}")
+    if request.prompt and request.family in WITHOUT_PROMPT:
+        warnings.append(f"prompt has no effect on {request.family}")
     return warnings
 
 
@@ -125,9 +131,11 @@ def content_path(job_id: str) -> str:
     return f"/v1/videos/{job_id}/content"
 
 
-def model_json(model: Model) -> dict[str, Any]:
+def model_json(offer: Offer, plans: PlanTable) -> dict[str, Any]:
     """An entry of GET /v1/models."""
+    model, spec = offer.model, offer.model.spec
     manifest = model.manifest
+    may_use = [plan for plan, limits in plans.limits.items() if manifest.family in limits.families]
     return {
         "id": model.id,
         "object": "model",
@@ -136,13 +144,29 @@ def model_json(model: Model) -> dict[str, Any]:
         "family": manifest.family,
         "description": manifest.description,
         "trained": manifest.trained,
-        "licence": manifest.licence,
-        "frames": {"min": manifest.min_frames, "max": manifest.max_frames},
+        "licence": {
+            "name": manifest.licence,
+            "commercial_use": manifest.commercial_use,
+            "territory_exclusions": list(manifest.territory_exclusions),
+            "override": offer.licence_override,
+        },
+        "plans": may_use,
+        "inputs": {
+            "prompt": manifest.family not in WITHOUT_PROMPT,
+            "input_reference": spec.start_image,
+            "video": spec.source_video,
+        },
+        "frames": {
+            "min": manifest.min_frames,
+            "max": model.max_frames,
+            "stride": spec.frame_stride,
+        },
         "max_side": manifest.max_side,
         "max_area": manifest.max_area,
-        "size_multiple": model.spec.size_multiple,
-        "f_patch_sizes": list(model.spec.f_patch_sizes),
-        "defaults": manifest.defaults.model_dump(),
+        "size_multiple": spec.size_multiple,
+        "f_patch_sizes": list(spec.f_patch_sizes),
+        "vae": manifest.vae,
+        "defaults": manifest.defaults.model_dump(exclude_none=True),
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from models.families import FIELDS_OF_FAMILIES
+from models.families import FIELDS_OF_FAMILIES, LCM_STEPS
 from models.request import InvalidRequest, ModelFamily, NotSupported, Scheduler, VideoRequest
 from models.spec import LAYOUTS, FamilySpec, Use, WeightsDamaged, WeightsMissing, read_json
 
@@ -49,6 +49,7 @@ class RequestDefaults(BaseModel, frozen=True, extra="forbid"):
 class ModelManifest(BaseModel, frozen=True, extra="forbid"):
     """manifest.json beside a checkpoint; sha256 maps relative file names to their check sums.
 
+    territory_exclusions: ISO 3166-1 codes, and EU, where the licence does not apply.
     decode_chunk_frames: how many frames SVD's and AnimateDiff's VAEs decode at a time; SVD's look
     at each other within a chunk, so it is part of what the video looks like.
     """
@@ -57,6 +58,8 @@ class ModelManifest(BaseModel, frozen=True, extra="forbid"):
     description: str
     trained: bool
     licence: str
+    commercial_use: bool = True
+    territory_exclusions: tuple[str, ...] = ()
     vae: str
     max_text_tokens: int = Field(ge=1)
     min_frames: int = Field(ge=1)
@@ -82,6 +85,11 @@ class Model:
         """Of the denoiser's weights, as stored."""
         parts = [self.folder / part for part in LAYOUTS[self.manifest.family].denoiser]
         return sum(file.stat().st_size for part in parts for file in part.glob("*.safetensors"))
+
+    @property
+    def max_frames(self) -> int:
+        """Of one request."""
+        return min(self.manifest.max_frames, self.spec.max_positions or self.manifest.max_frames)
 
     def resolve(self, fields: dict[str, Any]) -> VideoRequest:
         """Fill in the defaults and check every bound; raises InvalidRequest naming the field."""
@@ -120,11 +128,10 @@ class Model:
 
     def _check_bounds(self, request: VideoRequest) -> None:
         manifest, spec = self.manifest, self.spec
-        max_frames = min(manifest.max_frames, spec.max_positions or manifest.max_frames)
-        if not manifest.min_frames <= request.num_frames <= max_frames:
+        if not manifest.min_frames <= request.num_frames <= self.max_frames:
             raise InvalidRequest(
                 "num_frames",
-                f"num_frames must be {manifest.min_frames} to {max_frames} "
+                f"num_frames must be {manifest.min_frames} to {self.max_frames} "
                 f"for {self.id}, not {request.num_frames}",
             )
         if request.f_patch_size not in spec.f_patch_sizes:
@@ -138,6 +145,8 @@ class Model:
                     "size",
                     f"{param} must be {spec.size_multiple} to {manifest.max_side}, not {side}",
                 )
+        if request.scheduler is Scheduler.LCM and request.num_steps > LCM_STEPS:
+            raise InvalidRequest("num_steps", f"num_steps must be at most {LCM_STEPS} with lcm")
         if request.width * request.height > manifest.max_area:
             raise InvalidRequest("size", f"width x height must be at most {manifest.max_area}")
 

@@ -26,19 +26,20 @@ class PublishedFamily:
     size_multiple: int
 
 
-_SVD = {ModelFamily.SVD, ModelFamily.SVD_XT}
+SVD_FAMILIES = {ModelFamily.SVD, ModelFamily.SVD_XT}
 # What a request may say that only some families understand. motion_strength, which the founding
 # API gives every request, is told as without effect instead.
 FIELDS_OF_FAMILIES: dict[str, set[ModelFamily]] = {
-    "negative_prompt": set(ModelFamily) - _SVD,
+    "negative_prompt": set(ModelFamily) - SVD_FAMILIES,
     "flow_shift": {ModelFamily.Z_IMAGE_VIDEO, ModelFamily.HUNYUAN_VIDEO},
-    "min_guidance_scale": _SVD,
-    "motion_bucket_id": _SVD,
-    "noise_aug_strength": _SVD,
+    "min_guidance_scale": SVD_FAMILIES,
+    "motion_bucket_id": SVD_FAMILIES,
+    "noise_aug_strength": SVD_FAMILIES,
     "true_cfg_scale": {ModelFamily.HUNYUAN_VIDEO},
     "scheduler": {ModelFamily.ANIMATEDIFF},
 }
-WITHOUT_PROMPT = _SVD
+WITHOUT_PROMPT = SVD_FAMILIES
+LCM_STEPS = 50  # the schedule that LCM was distilled from has no more to choose from
 
 PUBLISHED = {
     ModelFamily.ANIMATEDIFF: PublishedFamily(16, 32, 512, 512, 8, 1, 8),

@@ -46,8 +46,10 @@ from parallel.plan import ParallelPlan, TokenShape
 
 # Of the noise in what image-to-video begins with; the rest is the start image.
 START_NOISE = 0.999
-# So many of the image's tokens go to the transformer: every second, or every fourth.
+# Every so manieth of the image's tokens goes to the transformer; of the black image that stands
+# beside a negative prompt it is every second, in both variants.
 INTERLEAVE = {"latent_concat": 2, "token_replace": 4}
+NEGATIVE_INTERLEAVE = 2
 
 
 class HunyuanVideoEncoder:
@@ -76,6 +78,7 @@ class HunyuanVideoEncoder:
             "vae": None,
         }
         self.pipeline: Any
+        self.interleave = 1
         if self.from_image:
             parts["image_processor"] = CLIPImageProcessor.from_pretrained(
                 folder / "image_processor", local_files_only=True
@@ -106,18 +109,18 @@ class HunyuanVideoEncoder:
             start_latents = self._encode_image(image)
         negative = None
         if (request.true_cfg_scale or 1.0) > 1.0:
-            negative = self._encode_text(request.negative_prompt, black)
+            negative = self._encode_text(request.negative_prompt, black, NEGATIVE_INTERLEAVE)
         return HunyuanConditioning(
-            positive=self._encode_text(request.prompt, image),
+            positive=self._encode_text(request.prompt, image, self.interleave),
             negative=negative,
             start_latents=start_latents,
             num_tokens=len(self.pipeline.tokenizer(request.prompt)["input_ids"]),
         )
 
-    def _encode_text(self, text: str, image: Image.Image | None) -> HunyuanText:
+    def _encode_text(self, text: str, image: Image.Image | None, interleave: int) -> HunyuanText:
         limits: dict[str, Any] = {"max_sequence_length": self.model.manifest.max_text_tokens}
         if image is not None:
-            limits |= {"image": image, "image_embed_interleave": self.interleave}
+            limits |= {"image": image, "image_embed_interleave": interleave}
         states, pooled, mask = self.pipeline.encode_prompt(
             prompt=text, device=self.device, **limits
         )

@@ -1,5 +1,6 @@
 """Nouns that many tests need."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from deployments.database import migrate, open_database, reader
 from models.catalog import Model, load_model
 from models.request import VideoRequest
 from training.random_checkpoint import write_random_checkpoint
+from training.random_families import RANDOM_FAMILIES
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
@@ -38,6 +40,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     write_random_checkpoint(folder, dim=64, num_layers=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def random_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny random checkpoint of RANDOM_FAMILIES; copy it before changing it."""
+    folders = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def write(name: str) -> Path:
+        folder = folders / name
+        folder.mkdir()
+        RANDOM_FAMILIES[name](folder)
+        return folder
+
+    return write
 
 
 @pytest.fixture(scope="session")

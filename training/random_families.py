@@ -4,6 +4,7 @@ diffusers' layout, no skill. They are made as small as the classes allow.
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,16 @@ def write_random_hunyuan_video(
         max_text_tokens=256,
         defaults=defaults,
     )
+
+
+RANDOM_FAMILIES: dict[str, Callable[[Path], None]] = {
+    "animatediff": write_random_animatediff,
+    "svd": write_random_svd,
+    "svd-xt": partial(write_random_svd, num_frames=25),
+    "hunyuan-video": write_random_hunyuan_video,
+    "hunyuan-video-concat": partial(write_random_hunyuan_video, image_condition="latent_concat"),
+    "hunyuan-video-replace": partial(write_random_hunyuan_video, image_condition="token_replace"),
+}
 
 
 def _image_vae(width: int) -> dict[str, Any]:
