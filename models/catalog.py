@@ -118,13 +118,13 @@ class Model:
 
     def check_inputs(self, *, start_image: bool, source_video: bool = False) -> None:
         """InvalidRequest if a request has what the model does not take, or lacks what it needs."""
+        if source_video and not self.spec.source_video:
+            raise NotSupported("video", f"{self.id} does not change videos")
         if start_image and self.spec.start_image is Use.REFUSED:
             raise NotSupported("input_reference", f"{self.id} makes videos from words alone")
         if not start_image and self.spec.start_image is Use.REQUIRED:
             message = f"input_reference is required: {self.id} makes videos from an image"
             raise InvalidRequest("input_reference", message)
-        if source_video and not self.spec.source_video:
-            raise NotSupported("video", f"{self.id} does not change videos")
 
     def _check_bounds(self, request: VideoRequest) -> None:
         manifest, spec = self.manifest, self.spec

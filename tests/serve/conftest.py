@@ -16,16 +16,20 @@ from numpy.typing import NDArray
 from bench.clusters import Cluster, add_pair, running_cluster, shipped_config
 from client.client import Client, Event
 from training.random_checkpoint import write_random_checkpoint
+from training.random_families import RANDOM_FAMILIES
 
 LEASE_S = 3.0
 
 
 @pytest.fixture(scope="session")
-def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config_path(
+    tmp_path_factory: pytest.TempPathFactory, random_family: Callable[[str], Path]
+) -> Path:
     """The shipped configuration with a shorter lease, so that a killed pipeline is soon missed, and
     with loopback open to webhooks and image URLs.
 
-    Besides the demo, a random model: "pair" on a tier of two ranks, "single" beside the demo.
+    Besides the demo, a random model: "pair" on a tier of two ranks, "single" beside the demo; and
+    tiny ones of every family on the two ranks.
     """
     folder = tmp_path_factory.mktemp("config")
     random = folder / "random"
@@ -39,6 +43,14 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "image_urls": guard,
     }
     add_pair(config, random, hang={"least_s": 3.0})
+    config["applications"][0]["args"]["models"] += [
+        {
+            "path": str(random_family(name)),
+            "id": name,
+            "served_on": [{"tier": "t4"}, {"tier": "local"}],
+        }
+        for name in RANDOM_FAMILIES
+    ]
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

@@ -1,0 +1,130 @@
+"""Every family over HTTP: what it takes, and what it refuses before anything is reserved."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autoscaling.tiers import GpuTier, ServedOn
+from credits.accounts import Account
+from credits.plans import Plan
+from deployments.admission import Offer
+from deployments.ingress import IngressParts
+from models.catalog import load_model
+from tests.database.conftest import Door, png
+from training.random_families import RANDOM_FAMILIES
+
+pytestmark = pytest.mark.database
+
+
+@pytest.fixture
+def parts(parts: IngressParts, random_family: Callable[[str], Path]) -> IngressParts:
+    """The random families beside the model of the other tests."""
+    served_on = (ServedOn(tier=GpuTier.LOCAL),)
+    offers = {
+        name: Offer(load_model(random_family(name), name), served_on) for name in RANDOM_FAMILIES
+    }
+    offers["svd"] = replace(offers["svd"], licence_override="bought on 2026-01-02")
+    return replace(parts, offers={**parts.offers, **offers})
+
+
+IMAGE = {"input_reference": ("start.png", png(64, 64), "image/png")}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "has_image", "param"),
+    [
+        ("svd", {}, False, "input_reference"),
+        ("svd-xt", {"prompt": "x"}, False, "input_reference"),
+        ("svd", {"num_frames": "15"}, True, "num_frames"),
+        ("svd", {"negative_prompt": "x"}, True, "negative_prompt"),
+        ("svd", {"motion_bucket_id": "256"}, True, "motion_bucket_id"),
+        ("animatediff", {"prompt": "x"}, True, "input_reference"),
+        ("animatediff", {}, False, "prompt"),
+        ("animatediff", {"prompt": "x", "num_frames": "33"}, False, "num_frames"),
+        ("animatediff", {"prompt": "x", "scheduler": "heun"}, False, "scheduler"),
+        ("hunyuan-video", {"prompt": "x"}, True, "input_reference"),
+        ("hunyuan-video-concat", {"prompt": "x"}, False, "input_reference"),
+        ("hunyuan-video", {"prompt": "x", "noise_aug_strength": "1"}, False, "noise_aug_strength"),
+        ("z-image-video", {"prompt": "x", "true_cfg_scale": "2"}, False, "true_cfg_scale"),
+    ],
+)
+def test_what_a_family_does_not_take_is_refused_before_credits_are_reserved(
+    door: Door,
+    an_account: Callable[..., Account],
+    name: str,
+    fields: dict[str, str],
+    has_image: bool,
+    param: str,
+) -> None:
+    an_account("alice")
+    call = door.as_account()
+    given: Any = {key: (None, value) for key, value in {**fields, "model": name}.items()}
+    response = call("POST", "/v1/videos", files={**given, **(IMAGE if has_image else {})})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert call("GET", "/v1/credits").json()["reserved"] == 0
+    assert list(door.store.list("inputs/")) == []
+
+
+@pytest.mark.parametrize("name", RANDOM_FAMILIES)
+def test_every_family_is_admitted(
+    door: Door, an_account: Callable[..., Account], name: str
+) -> None:
+    an_account("alice")
+    has_image = name.startswith("svd") or "-video-" in name
+    given: Any = {"model": (None, name), "num_frames": (None, "5"), "prompt": (None, "a box")}
+    response = door.as_account()(
+        "POST", "/v1/videos", files={**given, **(IMAGE if has_image else {})}
+    )
+    assert response.status_code == 200, response.text
+    video = response.json()
+    assert (video["model"], video["num_frames"]) == (name, 5)
+    ignored = [f"prompt has no effect on {name}"] if name.startswith("svd") else []
+    assert video["warnings"] == ignored
+
+
+def test_a_model_without_words_needs_none(door: Door, an_account: Callable[..., Account]) -> None:
+    an_account("alice")
+    files = {"model": (None, "svd"), **IMAGE}
+    video = door.as_account()("POST", "/v1/videos", files=files).json()
+    assert (video["prompt"], video["warnings"], video["num_frames"]) == ("", [], 14)
+
+
+@pytest.mark.parametrize("name", ["svd", "hunyuan-video"])
+def test_a_video_is_changed_only_by_models_that_can(
+    door: Door, an_account: Callable[..., Account], name: str
+) -> None:
+    an_account("alice")
+    files = {
+        "model": (None, name),
+        "prompt": (None, "x"),
+        "video": ("a.mp4", b"not read", "video/mp4"),
+    }
+    response = door.as_account()("POST", "/v1/videos/edits", files=files)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "video"
+
+
+def test_models_tell_what_they_take_and_who_may_use_them(
+    door: Door, an_account: Callable[..., Account]
+) -> None:
+    an_account("alice")
+    listed = door.as_account()("GET", "/v1/models").json()["data"]
+    models = {model["id"]: model for model in listed}
+    assert models["animatediff"]["plans"] == [Plan.BASIC, Plan.PRO, Plan.ENTERPRISE]
+    assert models["hunyuan-video"]["plans"] == [Plan.ENTERPRISE]
+    assert models["animatediff"]["frames"] == {"min": 1, "max": 32, "stride": 1}
+    assert models["svd"]["inputs"] == {
+        "prompt": False,
+        "input_reference": "required",
+        "video": False,
+    }
+    assert models["animatediff"]["inputs"] == {
+        "prompt": True,
+        "input_reference": "refused",
+        "video": True,
+    }
+    assert models["svd"]["licence"]["override"] == "bought on 2026-01-02"
+    assert models["svd"]["defaults"]["motion_bucket_id"] == 127
