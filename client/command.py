@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--image", type=Path, metavar="FILE", help="start from this picture")
     command.set_defaults(run=_generate)
     add_account_commands(commands)
+    # What is of use only where the server is installed, too: the client knows none of it.
+    for added in entry_points(group="mutoscope.commands"):
+        added.load()(commands)
     return parser
 
 

@@ -1,9 +1,7 @@
 """What a deployed model is: its folder, its manifest and the sizes that it can generate."""
 
 import hashlib
-import json
 import secrets
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from models.families import FIELDS_OF_FAMILIES, LCM_STEPS
 from models.request import InvalidRequest, ModelFamily, NotSupported, Scheduler, VideoRequest
+from models.safetensors_header import read_header
 from models.spec import LAYOUTS, FamilySpec, Use, WeightsDamaged, WeightsMissing, read_json
 
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -185,7 +184,7 @@ def _check_files(folder: Path, sha256: dict[str, str], components: tuple[str, ..
         if path.suffix in PICKLE_SUFFIXES:
             raise WeightsDamaged(str(path), "pickled weights are refused; use safetensors")
         if path.suffix == ".safetensors":
-            _check_safetensors(path)
+            read_header(path)
 
 
 def _digest(path: Path) -> str:
@@ -194,22 +193,3 @@ def _digest(path: Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             hasher.update(chunk)
     return hasher.hexdigest()
-
-
-def _check_safetensors(path: Path) -> None:
-    """The header parses and the last tensor ends where the file does."""
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise WeightsDamaged(str(path), "too short for a safetensors header")
-        (header_bytes,) = struct.unpack("<Q", prefix)
-        if header_bytes > size_bytes - 8:
-            raise WeightsDamaged(str(path), "its header is longer than the file")
-        try:
-            header = json.loads(file.read(header_bytes))
-        except ValueError as error:
-            raise WeightsDamaged(str(path), f"its header is not JSON: {error}") from None
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    if 8 + header_bytes + max(ends, default=0) != size_bytes:
-        raise WeightsDamaged(str(path), "it is shorter or longer than its header says")

@@ -9,7 +9,7 @@ from models.request import ModelFamily
 from parallel.plan import FrameShape, StepShape, TokenShape
 
 BYTES = 2  # fp16 or bf16
-# With AnimateDiff's v2 motion adapter; counted on the meta device.
+# With AnimateDiff's v3 motion adapter; counted on the meta device.
 UNET_PARAMETERS = {
     ModelFamily.ANIMATEDIFF: 1_276_600_000,
     ModelFamily.SVD: 1_524_600_000,

@@ -1,0 +1,68 @@
+"""`mutoscope models ...`: what checkpoints are, before they are deployed."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from models.probe import NotRecognised, find_all, probe
+from models.safetensors_header import read_header
+from models.spec import WeightsDamaged, WeightsMissing
+
+AT_FAULT, UNKNOWN = 1, 2
+EXIT_CODES = "Exits with 1 for what is damaged or missing, with 2 for what is not recognised."
+
+
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Found by the `mutoscope` command through an entry point."""
+    group = commands.add_parser("models", help="look at checkpoints on this machine")
+    actions = group.add_subparsers(required=True, metavar="ACTION")
+    for name, act, text in (
+        ("probe", _probe, "tell what a folder or a safetensors file is"),
+        ("validate", _validate, "check that a checkpoint is whole and may be deployed"),
+        ("list", _list, "all checkpoints below a folder"),
+    ):
+        command = actions.add_parser(name, help=text, description=f"{text}. {EXIT_CODES}")
+        command.add_argument("path", type=Path, metavar="PATH")
+        command.set_defaults(run=partial(_run, act))
+
+
+def _run(act: Callable[[Path], None], arguments: argparse.Namespace) -> None:
+    try:
+        act(arguments.path)
+    except (WeightsMissing, WeightsDamaged) as error:
+        print(f"mutoscope: {error}", file=sys.stderr)
+        sys.exit(AT_FAULT)
+    except NotRecognised as error:
+        print(f"mutoscope: {error}", file=sys.stderr)
+        sys.exit(UNKNOWN)
+
+
+def _probe(path: Path) -> None:
+    found = probe(path)
+    print(json.dumps({"type": found.type, "base": found.base, **found.details}))
+
+
+def _validate(path: Path) -> None:
+    """Of a deployable folder all that a deploy checks; of others, that they are whole and known."""
+    found = probe(path)
+    if path.is_dir():
+        weights = sorted(path.rglob("*.safetensors"))
+        if not weights:
+            raise WeightsMissing(str(path / "*.safetensors"))
+        for file in weights:
+            read_header(file)
+    if not (path / "manifest.json").is_file():
+        print(f"{path}: whole, a {found.base} {found.type}; no manifest.json, so not deployable")
+    else:
+        print(f"{path}: whole, a {found.base} {found.type}; deployable")
+
+
+def _list(path: Path) -> None:
+    if not path.is_dir():
+        raise NotRecognised(path, "not a folder")
+    for found in find_all(path):
+        details = " ".join(f"{name}={value}" for name, value in found.details.items())
+        print(f"{found.path}\t{found.type}\t{found.base}\t{details}")
