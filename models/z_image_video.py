@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, unpatchify
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
@@ -107,7 +108,10 @@ class Row(NamedTuple):
 
 
 class ZImageVideoDenoiser:
-    """Flow matching with classifier-free guidance: negative + g * (positive - negative)."""
+    """Flow matching with classifier-free guidance: negative + g * (positive - negative).
+
+    The publishers count guidance from 0: their g is one less.
+    """
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -192,7 +196,7 @@ class ZImageVideoDenoiser:
             timestep = scheduler.timesteps[state.step]
             latents = _hold_start_frame(state.latents, conditioning)
             held.append((scheduler, timestep, latents))
-            time = 1.0 - float(timestep) / 1000.0
+            time = float((1000 - timestep) / 1000)
             rows += [Row(latents[0], time, text) for text in _texts(conditioning)]
         f_patch_size = requests[0].f_patch_size
         if self.mesh.degree == 1:
@@ -208,7 +212,7 @@ class ZImageVideoDenoiser:
             velocity = outputs.pop(0)[None].float()
             if conditioning.negative is not None:
                 negative = outputs.pop(0)[None].float()
-                velocity = negative + request.guidance_scale * (velocity - negative)
+                velocity = velocity + (request.guidance_scale - 1) * (velocity - negative)
             latents = scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
             latents = _hold_start_frame(latents, conditioning)
             made.append(replace(state, latents=latents, step=state.step + 1))
@@ -226,7 +230,8 @@ class ZImageVideoDenoiser:
         scheduler = copy.deepcopy(self.scheduler)
         if request.flow_shift is not None:
             scheduler.set_shift(request.flow_shift)
-        scheduler.set_timesteps(request.num_steps, device=self.device)
+        sigmas = get_default_z_image_sigmas(request.num_steps)
+        scheduler.set_timesteps(sigmas=sigmas, device=self.device)
         return scheduler
 
     def _predict(self, rows: Sequence[Row], f_patch_size: int) -> list[Tensor]:

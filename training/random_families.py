@@ -61,14 +61,14 @@ MANIFEST: dict[str, Any] = {
 }
 
 
-def write_random_animatediff(folder: Path, *, seed: int = 0) -> None:
+def write_random_animatediff(folder: Path, *, width: int = 8, seed: int = 0) -> None:
     """Stable Diffusion's parts and a motion adapter beside them."""
     torch.manual_seed(seed)
     tokenizer = _make_tokenizer(model_max_length=77)
     _save(folder, "tokenizer", tokenizer)
     _save(folder, "text_encoder", _make_clip_text(len(tokenizer), tokenizer))
     unet = UNet2DConditionModel(
-        block_out_channels=(8, 8),
+        block_out_channels=(width, width),
         layers_per_block=1,
         sample_size=8,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -78,7 +78,7 @@ def write_random_animatediff(folder: Path, *, seed: int = 0) -> None:
         norm_num_groups=2,
     )
     adapter = MotionAdapter(
-        block_out_channels=(8, 8),
+        block_out_channels=(width, width),
         motion_layers_per_block=1,
         motion_norm_num_groups=2,
         motion_num_attention_heads=2,
@@ -102,8 +102,8 @@ def write_random_animatediff(folder: Path, *, seed: int = 0) -> None:
     )
 
 
-def write_random_svd(folder: Path, *, num_frames: int = 14, seed: int = 0) -> None:
-    """svd, or svd-xt if it is of 25 frames."""
+def write_random_svd(folder: Path, *, num_frames: int = 14, width: int = 32, seed: int = 0) -> None:
+    """svd, or svd-xt if it is of 25 frames; width: a multiple of 32."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
         hidden_size=32,
@@ -117,7 +117,7 @@ def write_random_svd(folder: Path, *, num_frames: int = 14, seed: int = 0) -> No
     _save(folder, "image_encoder", CLIPVisionModelWithProjection(vision))
     _save(folder, "feature_extractor", CLIPImageProcessor(size=224, crop_size=224))
     unet = UNetSpatioTemporalConditionModel(
-        block_out_channels=(32, 64),
+        block_out_channels=(width, 2 * width),
         layers_per_block=1,
         sample_size=8,
         in_channels=8,
@@ -167,7 +167,12 @@ def write_random_svd(folder: Path, *, num_frames: int = 14, seed: int = 0) -> No
 
 
 def write_random_hunyuan_video(
-    folder: Path, *, image_condition: str | None = None, seed: int = 0
+    folder: Path,
+    *,
+    image_condition: str | None = None,
+    num_heads: int = 2,
+    num_layers: int = 1,
+    seed: int = 0,
 ) -> None:
     """image_condition: None for text-to-video, or "latent_concat" or "token_replace"."""
     torch.manual_seed(seed)
@@ -195,10 +200,10 @@ def write_random_hunyuan_video(
     transformer = HunyuanVideoTransformer3DModel(
         in_channels=2 * channels + 1 if image_condition == "latent_concat" else channels,
         out_channels=channels,
-        num_attention_heads=2,
+        num_attention_heads=num_heads,
         attention_head_dim=16,
-        num_layers=1,
-        num_single_layers=1,
+        num_layers=num_layers,
+        num_single_layers=num_layers,
         num_refiner_layers=1,
         patch_size=2,
         patch_size_t=1,

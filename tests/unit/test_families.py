@@ -11,43 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
-from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import (
-    AutoencoderKLTemporalDecoder,
-)
-from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.models.unets.unet_motion_model import MotionAdapter, UNetMotionModel
-from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
-from diffusers.pipelines.animatediff.pipeline_animatediff import AnimateDiffPipeline
 from diffusers.pipelines.animatediff.pipeline_animatediff_video2video import (
     AnimateDiffVideoToVideoPipeline,
 )
-from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
-from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import (
-    HunyuanVideoImageToVideoPipeline,
-)
-from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import (
-    StableVideoDiffusionPipeline,
-)
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
-    FlowMatchEulerDiscreteScheduler,
-)
 from diffusers.schedulers.scheduling_lcm import LCMScheduler
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import (
-    AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPTextModel,
-    CLIPVisionModelWithProjection,
-    LlamaModel,
-    LlavaForConditionalGeneration,
-)
 
+from bench import stock_pipelines
 from models.catalog import Model, load_model
 from models.denoise import denoise, park, resume
 from models.request import InvalidRequest, NotSupported, VideoRequest
@@ -103,7 +76,6 @@ def make(folder: Path, source_frames: NDArray[np.uint8] | None = None, **fields:
 
 def stock(pipeline: Any, made: Made, **arguments: Any) -> tuple[torch.Tensor, FloatArray]:
     """The latents and the frames, in 0..255, of diffusers' own pipeline."""
-    prepare(pipeline)
     request = made.request
     arguments = {
         "height": request.height,
@@ -122,37 +94,6 @@ def stock(pipeline: Any, made: Made, **arguments: Any) -> tuple[torch.Tensor, Fl
         for kind in ("latent", "np")
     ]
     return found[0], found[1][0] * 255
-
-
-def prepare(pipeline: Any) -> None:
-    """torch rounds otherwise where parameters may want gradients, even if nothing asks for them."""
-    pipeline.set_progress_bar_config(disable=True)
-    for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.requires_grad_(False)
-
-
-def animatediff_parts(folder: Path) -> dict[str, Any]:
-    return {
-        "vae": AutoencoderKL.from_pretrained(folder / "vae"),
-        "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        "tokenizer": AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        "unet": UNet2DConditionModel.from_pretrained(folder / "unet"),
-        "motion_adapter": MotionAdapter.from_pretrained(folder / "motion_adapter"),
-    }
-
-
-def hunyuan_parts(folder: Path) -> dict[str, Any]:
-    vae = AutoencoderKLHunyuanVideo.from_pretrained(folder / "vae")
-    vae.enable_tiling()
-    return {
-        "vae": vae,
-        "tokenizer": AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        "tokenizer_2": AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
-        "text_encoder_2": CLIPTextModel.from_pretrained(folder / "text_encoder_2"),
-        "transformer": HunyuanVideoTransformer3DModel.from_pretrained(folder / "transformer"),
-        "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-    }
 
 
 def assert_the_same(frames: NDArray[np.uint8], expected: FloatArray) -> None:
@@ -185,9 +126,7 @@ def test_animatediff_equals_the_stock_pipeline_to_the_bit(
         "guidance_scale": guidance_scale,
     }
     made = make(folder, scheduler=scheduler, negative_prompt="blurred", **fields)
-    pipeline = AnimateDiffPipeline(
-        **animatediff_parts(folder), scheduler=stock_scheduler.from_pretrained(folder / "scheduler")
-    )
+    pipeline = stock_pipelines.animatediff(folder, stock_scheduler)
     latents, frames = stock(
         pipeline,
         made,
@@ -207,10 +146,7 @@ def test_a_changed_video_begins_as_in_the_stock_pipeline(random_family: RandomFa
     source = np.random.default_rng(1).integers(0, 255, (6, 64, 64, 3), np.uint8)
     made = make(folder, source, num_frames=6, num_steps=5, strength=0.6)
     assert [state.step for state in made.states] == [2, 3, 4, 5]
-    pipeline = AnimateDiffVideoToVideoPipeline(
-        **animatediff_parts(folder), scheduler=DDIMScheduler.from_pretrained(folder / "scheduler")
-    )
-    prepare(pipeline)
+    pipeline = stock_pipelines.animatediff(folder, pipeline=AnimateDiffVideoToVideoPipeline)
     latents = pipeline(
         latents=made.states[0].latents,
         prompt=made.request.prompt,
@@ -246,13 +182,7 @@ def test_svd_equals_the_stock_pipeline_to_the_bit(
 ) -> None:
     folder = random_family(family)
     made = make(folder, **fields)
-    pipeline = StableVideoDiffusionPipeline(
-        vae=AutoencoderKLTemporalDecoder.from_pretrained(folder / "vae"),
-        image_encoder=CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder"),
-        unet=UNetSpatioTemporalConditionModel.from_pretrained(folder / "unet"),
-        scheduler=EulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        feature_extractor=CLIPImageProcessor.from_pretrained(folder / "feature_extractor"),
-    )
+    pipeline = stock_pipelines.svd(folder)
     arguments = {"num_frames": made.request.num_frames, "decode_chunk_size": 5, **arguments}
     latents, frames = stock(pipeline, made, **arguments)
     assert torch.equal(made.latents, latents.transpose(1, 2))
@@ -274,21 +204,12 @@ def test_hunyuan_video_equals_the_stock_pipeline(
         "negative_prompt": "blurred" if guided else "",
     }
     made = make(folder, num_frames=21, **fields)
-    parts = hunyuan_parts(folder)
     arguments: dict[str, Any] = {
         "num_frames": made.model.spec.generated_frames(21, 1),
         "guidance_scale": made.request.guidance_scale,
         "true_cfg_scale": true_cfg_scale,
     }
-    if made.image is None:
-        text_encoder = LlamaModel.from_pretrained(folder / "text_encoder")
-        pipeline = HunyuanVideoPipeline(**parts, text_encoder=text_encoder)
-    else:
-        pipeline = HunyuanVideoImageToVideoPipeline(
-            **parts,
-            text_encoder=LlavaForConditionalGeneration.from_pretrained(folder / "text_encoder"),
-            image_processor=CLIPImageProcessor.from_pretrained(folder / "image_processor"),
-        )
+    pipeline = stock_pipelines.hunyuan_video(folder, from_image=made.image is not None)
     padded = {"prompt": made.request.prompt, "negative_prompt": "blurred" if guided else None}
     latents, frames = stock(pipeline, made, **arguments, **padded)
     ours = made.latents[:, :, 1:] if family == "hunyuan-video-concat" else made.latents
@@ -384,8 +305,7 @@ def test_a_whole_motion_unet_serves_like_its_parts(
     folder = random_family("animatediff")
     joined = tmp_path / "joined"
     shutil.copytree(folder, joined)
-    parts = animatediff_parts(folder)
-    unet = UNetMotionModel.from_unet2d(parts["unet"], parts["motion_adapter"])
+    unet = stock_pipelines.animatediff(folder).unet
     for part in ("unet", "motion_adapter"):
         shutil.rmtree(joined / part)
     unet.save_pretrained(joined / "unet")

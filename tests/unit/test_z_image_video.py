@@ -72,6 +72,43 @@ def test_text_states_equal_those_of_the_upstream_pipeline(
     np.testing.assert_allclose(got, expected.detach().numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_an_image_equals_that_of_the_upstream_pipeline_to_the_bit(
+    encoder: ZImageVideoEncoder,
+    denoiser: ZImageVideoDenoiser,
+    a_request: ARequest,
+    guidance_scale: float,
+) -> None:
+    """Given the texts as they are encoded here, without padding, which only rounds otherwise."""
+    request = a_request(
+        num_frames=1, num_steps=5, guidance_scale=guidance_scale, negative_prompt="blurred"
+    )
+    upstream = ZImagePipeline(
+        scheduler=denoiser.scheduler,
+        vae=None,
+        text_encoder=encoder.text_encoder,
+        tokenizer=encoder.tokenizer,
+        transformer=denoiser.transformer,
+    )
+    upstream.set_progress_bar_config(disable=True)
+    conditioning = encoder.encode(request, None)
+    negative = None
+    if conditioning.negative is not None:
+        negative = [torch.tensor(conditioning.negative)]
+    expected = upstream(
+        prompt_embeds=[torch.tensor(conditioning.positive)],
+        negative_prompt_embeds=negative,
+        height=64,
+        width=64,
+        num_inference_steps=5,
+        guidance_scale=guidance_scale - 1,
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+        output_type="latent",
+    ).images
+    got = latents_of(denoiser, request, conditioning)
+    np.testing.assert_array_equal(got[:, :, 0], expected.numpy())
+
+
 def test_long_prompts_are_cut_and_their_length_told(
     encoder: ZImageVideoEncoder, a_request: ARequest
 ) -> None:
