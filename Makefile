@@ -58,6 +58,7 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m bench.prompt_adherence
+	$(BIN)/python -m bench.families
 	$(BIN)/python -m bench.cluster_tax
 	$(BIN)/python -m bench.ledger_contention
 	$(BIN)/python -m bench.admission
