@@ -56,7 +56,7 @@ class TooManyJobs(Exception):
 class PlanLimits(BaseModel, frozen=True, extra="forbid"):
     """max_frames counts frames after the first for 4k+1 models; sizes hold in either orientation.
 
-    priority: higher is leased first. image_to_video: whether a start image, or
+    priority: higher is leased first. image_to_video: whether a start image, LoRAs, or
     a video to change or to go on from, may be given.
     max_stored_bytes: of the account's MP4s. kept_days: how long a video is kept; None: until it is
     deleted.
@@ -139,6 +139,8 @@ def check_plan(plan: Plan, limits: PlanLimits, request: VideoRequest, frame_stri
         raise PlanForbids(
             plan, "input_reference", f"the {plan} plan does not include image-to-video"
         )
+    if request.loras and not limits.image_to_video:
+        raise PlanForbids(plan, "loras", f"the {plan} plan does not include LoRAs")
     if request.source_video is not None or request.continues is not None:
         check_may_derive(plan, limits)
 

@@ -1,5 +1,6 @@
 """Binds every deployment of the chain: the one place that knows all of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from ray import serve
@@ -15,8 +16,9 @@ from deployments.resident_models import how_many_fit
 from deployments.text_encoder import TextEncoder
 from deployments.vae_decoder import VaeDecoder
 from media.object_store import LocalObjectStore
-from models.catalog import Model, load_model
+from models.catalog import load_model
 from models.licence import check_licence
+from models.lora import load_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -86,11 +88,16 @@ def bind_chain(config: AppConfig) -> Application:
 
 def _read_offers(config: AppConfig) -> dict[str, Offer]:
     offers: dict[str, Offer] = {}
+    loras = [load_lora(ROOT / entry.path, entry.id) for entry in config.loras]
     for entry in config.models:
-        model: Model = load_model(ROOT / entry.path, entry.id)
+        model = load_model(ROOT / entry.path, entry.id)
+        model = replace(model, loras=tuple(lora for lora in loras if lora.fits(model)))
         if model.id in offers:
             raise ValueError(f"two models are called {model.id!r}; give one of them an id")
         if entry.licence_override is None:
             check_licence(model, config.operation)  # LicenceForbids
         offers[model.id] = Offer(model, entry.served_on, entry.licence_override)
+    for lora in loras:
+        if not any(lora in offer.model.loras for offer in offers.values()):
+            raise ValueError(f"{lora.path}: a LoRA for {lora.base}, which no model here is")
     return offers

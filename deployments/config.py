@@ -40,6 +40,13 @@ class ModelConfig(BaseModel, frozen=True, extra="forbid"):
     served_on: tuple[ServedOn, ...] = Field(min_length=1)
 
 
+class LoraConfig(BaseModel, frozen=True, extra="forbid"):
+    """A LoRA's safetensors file, and its name in requests; it goes to every model that it fits."""
+
+    path: Path
+    id: str = Field(min_length=1, max_length=128)
+
+
 class HangConfig(BaseModel, frozen=True, extra="forbid"):
     """A step hangs when it takes factor times the median of its like, and least_s at least.
 
@@ -145,6 +152,7 @@ class AppConfig(BaseModel, frozen=True, extra="forbid"):
     database_url_env: str = "DATABASE_URL"
     storage: LocalConfig = LocalConfig()
     models: list[ModelConfig] = Field(min_length=1)
+    loras: list[LoraConfig] = []
     operation: OperationConfig = OperationConfig()
     tiers: list[TierConfig] = Field(min_length=1)
     prices: PriceTable = PriceTable()

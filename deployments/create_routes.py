@@ -36,6 +36,7 @@ REMIXED = (
     "prompt", "negative_prompt", "num_frames", "width", "height", "fps", "f_patch_size",
     "num_steps", "guidance_scale", "flow_shift", "motion_strength", "seed", "min_guidance_scale",
     "motion_bucket_id", "noise_aug_strength", "true_cfg_scale", "scheduler",
+    "loras",
 )  # fmt: skip
 EDIT_STRENGTH = 0.6
 GENERATED_FRAMES = range(4, 130)  # of the founding API: 128 and the first frame

@@ -30,6 +30,14 @@ SETTINGS: dict[str, Any] = {
     "motion_bucket_id": INTEGER,
     "noise_aug_strength": NUMBER,
     "true_cfg_scale": NUMBER,
+    "loras": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "required": ["name"],
+            "properties": {"name": STRING, "weight": NUMBER},
+        },
+    },
     "scheduler": {"type": "string", "enum": list(Scheduler)},
     "seed": INTEGER,
     "tags": {"type": "array", "items": STRING},

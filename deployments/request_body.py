@@ -72,6 +72,8 @@ async def read_create_body(request: Request, *, derived: bool = False) -> Create
     else:
         given = await _read_json(request)
     fields = named_fields(given)
+    if "loras" in fields:
+        fields["loras"] = _read_loras(fields["loras"])
     for name in () if derived else ("video", "strength"):
         if name in fields:
             raise InvalidRequest(name, f"{name} is a field of /v1/videos/edits and /extensions")
@@ -160,6 +162,17 @@ def _read_crop(value: Any) -> CropBox | None:
         if re.fullmatch(r"\d{1,6}", str(box[name])) is None or int(box[name]) < least:
             raise InvalidRequest("crop", f"crop: {name} must be a whole number from {least}")
     return CropBox(*(int(box[name]) for name in names))
+
+
+def _read_loras(value: Any) -> list[dict[str, Any]]:
+    """Names, or objects of name and weight; one or several, also as JSON."""
+    if isinstance(value, str) and value[:1] in ("[", "{"):
+        value = parse_json("loras", value)
+    uses = value if isinstance(value, list) else [value]
+    read = [{"name": use} if isinstance(use, str) else use for use in uses]
+    if not all(isinstance(use, dict) for use in read):
+        raise InvalidRequest("loras", "loras must be names, or objects of name and weight")
+    return read
 
 
 def _check_texts(fields: dict[str, Any], limits: LimitsConfig) -> None:

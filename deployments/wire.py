@@ -62,7 +62,7 @@ def video_json(job: Job, model: Model | None) -> dict[str, Any]:
             include={"prompt", "negative_prompt", "num_frames", "fps", "f_patch_size"}
             | {"num_steps", "guidance_scale", "flow_shift", "motion_strength", "strength"}
             | {"min_guidance_scale", "motion_bucket_id", "noise_aug_strength", "true_cfg_scale"}
-            | {"scheduler"}
+            | {"scheduler", "loras"}
             | {"seed", "tags", "user"},
             warnings=False,  # of what a newer version may have written
         ),
@@ -166,6 +166,7 @@ def model_json(offer: Offer, plans: PlanTable) -> dict[str, Any]:
         "size_multiple": spec.size_multiple,
         "f_patch_sizes": list(spec.f_patch_sizes),
         "vae": manifest.vae,
+        "loras": [lora.id for lora in model.loras],
         "defaults": manifest.defaults.model_dump(exclude_none=True),
     }
 

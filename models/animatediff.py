@@ -21,6 +21,7 @@ from models.catalog import Model
 from models.conditioning import AnimateDiffConditioning, FloatArray
 from models.denoise import first_step
 from models.frame_unet import FrameUnet, guide
+from models.lora_layers import LoraLayers
 from models.request import VideoRequest
 from models.schedulers import DiffusionSchedules, advance, begin_at
 from models.spec import read_json
@@ -101,6 +102,7 @@ class AnimateDiffDenoiser:
         self.device = choose_device()
         self.dtype = choose_dtype(self.device)
         self.unet = FrameUnet(_load_unet(model, self.dtype, self.device))
+        self.loras = LoraLayers(self.unet.unet, model.loras)
         self.schedules = DiffusionSchedules(model.folder)
 
     def use(self, mesh: Mesh) -> None:
@@ -149,6 +151,7 @@ class AnimateDiffDenoiser:
     ) -> list[DenoiseState]:
         """One step of the only request."""
         ((request, told, state),) = zip(requests, conditionings, states, strict=True)
+        self.loras.use(request.loras)
         schedule = self.schedules.schedule(request, self.device)
         timestep = begin_at(schedule, state.step)
         scaled = schedule.scale_model_input(state.latents, timestep)

@@ -4,7 +4,7 @@ import hashlib
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -12,6 +12,9 @@ from models.families import FIELDS_OF_FAMILIES, LCM_STEPS
 from models.request import InvalidRequest, ModelFamily, NotSupported, Scheduler, VideoRequest
 from models.safetensors_header import read_header
 from models.spec import LAYOUTS, FamilySpec, Use, WeightsDamaged, WeightsMissing, read_json
+
+if TYPE_CHECKING:
+    from models.lora import Lora
 
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 CHUNK_BYTES = 1 << 20
@@ -72,18 +75,24 @@ class ModelManifest(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A checked checkpoint: what it is called here, where it lies and what it can generate."""
+    """A checked checkpoint: what it is called here, where it lies and what it can generate.
+
+    loras: those that a request may ask for.
+    """
 
     id: str
     folder: Path
     manifest: ModelManifest
     spec: FamilySpec
+    loras: "tuple[Lora, ...]" = ()
 
     @property
     def denoiser_bytes(self) -> int:
-        """Of the denoiser's weights, as stored."""
+        """Of the denoiser's weights, as stored, and of its LoRAs'."""
         parts = [self.folder / part for part in LAYOUTS[self.manifest.family].denoiser]
-        return sum(file.stat().st_size for part in parts for file in part.glob("*.safetensors"))
+        files = [file for part in parts for file in part.glob("*.safetensors")]
+        own = sum(file.stat().st_size for file in files)
+        return own + sum(lora.size_bytes for lora in self.loras)
 
     @property
     def max_frames(self) -> int:
@@ -113,6 +122,7 @@ class Model:
             param = ".".join(str(part) for part in first["loc"])
             raise InvalidRequest(param, f"{param}: {first['msg']}") from None
         self._check_bounds(request)
+        self._check_loras(request)
         return request
 
     def check_inputs(self, *, start_image: bool, source_video: bool = False) -> None:
@@ -124,6 +134,16 @@ class Model:
         if not start_image and self.spec.start_image is Use.REQUIRED:
             message = f"input_reference is required: {self.id} makes videos from an image"
             raise InvalidRequest("input_reference", message)
+
+    def _check_loras(self, request: VideoRequest) -> None:
+        known = {lora.id for lora in self.loras}
+        names = [use.name for use in request.loras]
+        for name in names:
+            if name not in known:
+                there = ", ".join(sorted(known)) or "none"
+                raise InvalidRequest("loras", f"{self.id} has no LoRA {name!r}; it has {there}")
+        if len(set(names)) < len(names):
+            raise InvalidRequest("loras", "loras: one is named twice")
 
     def _check_bounds(self, request: VideoRequest) -> None:
         manifest, spec = self.manifest, self.spec

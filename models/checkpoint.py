@@ -47,8 +47,9 @@ def request_digest(request: VideoRequest) -> str:
 
 
 def model_revision(model: Model) -> str:
-    """SHA-256 of the manifest, which holds those of every file."""
-    return hashlib.sha256(model.manifest.model_dump_json().encode()).hexdigest()
+    """SHA-256 of the manifest, which holds those of every file, and of the LoRAs."""
+    loras = "".join(f"{lora.id} {lora.sha256}\n" for lora in model.loras)
+    return hashlib.sha256(f"{model.manifest.model_dump_json()}{loras}".encode()).hexdigest()
 
 
 def pack(checkpoint: Checkpoint) -> bytes:

@@ -33,6 +33,7 @@ from transformers import (
 
 from models.catalog import Model
 from models.conditioning import FloatArray, HunyuanConditioning, HunyuanText
+from models.lora_layers import LoraLayers
 from models.request import VideoRequest
 from models.spec import Use, read_json
 from models.start_image import padded_image
@@ -147,6 +148,7 @@ class HunyuanVideoDenoiser:
             HunyuanVideoTransformer3DModel, model.folder / "transformer", self.dtype, self.device
         )
         self.condition = self.transformer.config.image_condition_type
+        self.loras = LoraLayers(self.transformer, model.loras)
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
             model.folder / "scheduler", local_files_only=True
         )
@@ -210,6 +212,7 @@ class HunyuanVideoDenoiser:
     ) -> list[DenoiseState]:
         """One Euler step of the only request."""
         ((request, told, state),) = zip(requests, conditionings, states, strict=True)
+        self.loras.use(request.loras)
         scheduler = self._schedule(request)
         scheduler.set_begin_index(state.step)
         timestep = scheduler.timesteps[state.step]

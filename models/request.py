@@ -27,6 +27,13 @@ class Scheduler(StrEnum):
     LCM = "lcm"
 
 
+class LoraUse(BaseModel, frozen=True, extra="forbid"):
+    """A LoRA that the operator has put beside the model, and how much of it."""
+
+    name: str = Field(min_length=1, max_length=128)
+    weight: float = Field(1.0, ge=-4, le=4)
+
+
 class InvalidRequest(Exception):
     """A field of a request is missing, malformed or out of range; param names it."""
 
@@ -73,6 +80,7 @@ class VideoRequest(BaseModel, frozen=True, extra="forbid"):
     true_cfg_scale: float | None = Field(None, ge=1, le=20)
     # None: the checkpoint's own.
     scheduler: Scheduler | None = None
+    loras: tuple[LoraUse, ...] = Field((), max_length=8)
     start_image: str | None = None
     # Width over height of what the start image was fitted from.
     start_image_aspect: float | None = None

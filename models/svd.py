@@ -25,6 +25,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 from models.catalog import Model
 from models.conditioning import FloatArray, SvdConditioning
 from models.frame_unet import FrameUnet, guide
+from models.lora_layers import LoraLayers
 from models.request import VideoRequest
 from models.schedulers import DiffusionSchedules, advance, begin_at
 from models.start_image import padded_image
@@ -100,6 +101,7 @@ class SvdDenoiser:
                 UNetSpatioTemporalConditionModel, model.folder / "unet", self.dtype, self.device
             )
         )
+        self.loras = LoraLayers(self.unet.unet, model.loras)
         self.schedules = DiffusionSchedules(model.folder)
 
     def use(self, mesh: Mesh) -> None:
@@ -140,6 +142,7 @@ class SvdDenoiser:
     ) -> list[DenoiseState]:
         """One Euler step of the only request."""
         ((request, told, state),) = zip(requests, conditionings, states, strict=True)
+        self.loras.use(request.loras)
         schedule = self.schedules.schedule(request, self.device)
         timestep = begin_at(schedule, state.step)
         latents = state.latents.transpose(1, 2)  # [1, F, C, H, W], as the UNet has them

@@ -25,6 +25,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from models.catalog import Model
 from models.conditioning import FloatArray, ZImageConditioning
 from models.denoise import first_step
+from models.lora_layers import LoraLayers
 from models.request import VideoRequest
 from models.start_image import pad_frames, pad_start_image
 from models.tensors import DenoiseState, Frames
@@ -120,6 +121,7 @@ class ZImageVideoDenoiser:
         self.transformer = load_component(
             ZImageTransformer2DModel, model.folder / "transformer", self.dtype, self.device
         )
+        self.loras = LoraLayers(self.transformer, model.loras)
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
             model.folder / "scheduler", local_files_only=True
         )
@@ -175,8 +177,8 @@ class ZImageVideoDenoiser:
         return self.step_all([request], [conditioning], [state])[0]
 
     def batch(self, request: VideoRequest) -> Hashable:
-        """The size of the latents and of their patches; texts may differ in length."""
-        return (*self._latent_size(request), request.f_patch_size)
+        """The size of the latents, of their patches, and the LoRAs; texts may differ in length."""
+        return (*self._latent_size(request), request.f_patch_size, request.loras)
 
     @torch.inference_mode()
     def step_all(
@@ -189,6 +191,7 @@ class ZImageVideoDenoiser:
 
         Several ranks take one request, and each text by itself, without padding.
         """
+        self.loras.use(requests[0].loras)
         held, rows = [], []
         for request, conditioning, state in zip(requests, conditionings, states, strict=True):
             scheduler = self._schedule(request)

@@ -27,6 +27,7 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
@@ -233,6 +234,17 @@ def write_random_hunyuan_video(
         max_text_tokens=256,
         defaults=defaults,
     )
+
+
+def write_random_lora(path: Path, seed: int = 0) -> None:
+    """For the random `animatediff`: all queries of its first motion module and attention."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for block in ("attentions", "motion_modules"):
+        name = f"unet.down_blocks.0.{block}.0.transformer_blocks.0.attn1.to_q"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(4, 8, generator=generator)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(8, 4, generator=generator)
+    save_file(tensors, path)
 
 
 RANDOM_FAMILIES: dict[str, Callable[[Path], None]] = {

@@ -13,8 +13,9 @@ from credits.plans import Plan
 from deployments.admission import Offer
 from deployments.ingress import IngressParts
 from models.catalog import load_model
+from models.lora import load_lora
 from tests.database.conftest import Door, png
-from training.random_families import RANDOM_FAMILIES
+from training.random_families import RANDOM_FAMILIES, write_random_lora
 
 pytestmark = pytest.mark.database
 
@@ -26,6 +27,10 @@ def parts(parts: IngressParts, random_family: Callable[[str], Path]) -> IngressP
     offers = {
         name: Offer(load_model(random_family(name), name), served_on) for name in RANDOM_FAMILIES
     }
+    lora = random_family("animatediff").with_name("ink.safetensors")
+    write_random_lora(lora)
+    model = replace(offers["animatediff"].model, loras=(load_lora(lora, "ink"),))
+    offers["animatediff"] = replace(offers["animatediff"], model=model)
     offers["svd"] = replace(offers["svd"], licence_override="bought on 2026-01-02")
     return replace(parts, offers={**parts.offers, **offers})
 
@@ -83,6 +88,26 @@ def test_every_family_is_admitted(
     assert (video["model"], video["num_frames"]) == (name, 5)
     ignored = [f"prompt has no effect on {name}"] if name.startswith("svd") else []
     assert video["warnings"] == ignored
+
+
+def test_loras_are_those_of_the_model_and_of_the_plan(
+    door: Door, an_account: Callable[..., Account]
+) -> None:
+    an_account("alice")
+    an_account("bob", plan=Plan.BASIC)
+    for account in ("alice", "bob"):
+        call = door.as_account(account)
+        body = {"model": "animatediff", "prompt": "x", "loras": [{"name": "oil"}]}
+        response = call("POST", "/v1/videos", json=body)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "loras")
+        assert "it has ink" in response.json()["error"]["message"]
+    body = {"model": "animatediff", "prompt": "x", "lora": "ink", "size": "64x64"}
+    video = door.as_account("alice")("POST", "/v1/videos", json=body).json()
+    assert video["loras"] == [{"name": "ink", "weight": 1.0}]
+    refused = door.as_account("bob")("POST", "/v1/videos", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (403, "loras")
+    models = door.as_account("alice")("GET", "/v1/models").json()["data"]
+    assert {model["id"] for model in models if model["loras"] == ["ink"]} == {"animatediff"}
 
 
 def test_a_model_without_words_needs_none(door: Door, an_account: Callable[..., Account]) -> None:

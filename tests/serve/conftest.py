@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bench.clusters import Cluster, add_pair, running_cluster, shipped_config
 from client.client import Client, Event
 from training.random_checkpoint import write_random_checkpoint
-from training.random_families import RANDOM_FAMILIES
+from training.random_families import RANDOM_FAMILIES, write_random_lora
 
 LEASE_S = 3.0
 
@@ -50,6 +50,10 @@ def config_path(
             "served_on": [{"tier": "t4"}, {"tier": "local"}],
         }
         for name in RANDOM_FAMILIES
+    ]
+    write_random_lora(folder / "ink.safetensors")
+    config["applications"][0]["args"]["loras"] = [
+        {"id": "ink", "path": str(folder / "ink.safetensors")}
     ]
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))

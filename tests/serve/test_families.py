@@ -82,6 +82,20 @@ def distance(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
     return float(np.abs(one.mean(axis=3) - other.mean(axis=3)).mean())
 
 
+def test_a_lora_changes_its_request_and_leaves_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    client = cluster.client
+    fields = {"model": "animatediff", "prompt": PROMPT, "num_frames": 6, "size": "64x48", "seed": 5}
+    found = []
+    for loras in ([], [{"name": "ink", "weight": 1.0}], []):
+        created = client.create({**fields, "loras": loras})
+        assert created["loras"] == loras
+        assert finish(client, created["id"])["status"] == "completed"
+        client.download(created["id"], tmp_path / "video.mp4")
+        found.append((tmp_path / "video.mp4").read_bytes())
+    assert found[0] == found[2]
+    assert found[0] != found[1]
+
+
 def test_videos_are_changed_and_extended_by_the_families_that_can(
     cluster: Cluster, start_image: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,215 @@
+"""LoRAs on a denoiser's layers: loaded once, mixed anew for every request, never merged.
+
+So a request's LoRAs leave nothing behind: without them the layers compute what they always did, to
+the bit. Keys are read in diffusers', the publishers' original and kohya's layout; where original
+layers are several of diffusers' at once (HunyuanVideo), they are taken apart.
+"""
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models.lora import Lora
+from models.request import LoraUse
+from models.spec import WeightsDamaged
+
+PREFIXES = (
+    "base_model.model.", "transformer.", "diffusion_model.", "unet.",
+    "lora_transformer_", "lora_unet__", "lora_unet_",
+)  # fmt: skip
+# The last groups of a key, and what they hold: the down- or the up-projection, or the scale.
+ENDINGS = (
+    (re.compile(r"\.lora_A(\.default)?\.weight$"), "down"),
+    (re.compile(r"\.lora_B(\.default)?\.weight$"), "up"),
+    (re.compile(r"[._]lora[._]down\.weight$"), "down"),
+    (re.compile(r"[._]lora[._]up\.weight$"), "up"),
+    (re.compile(r"\.alpha$"), "alpha"),
+)
+
+
+class LoraDoesNotFit(WeightsDamaged):
+    """A LoRA has keys for layers that the model does not have, or for none at all."""
+
+
+@dataclass
+class Change:
+    """Of one layer of the file: what it is multiplied by, [r, in] and [out, r], and its alpha."""
+
+    down: Tensor | None = None
+    up: Tensor | None = None
+    alpha: float | None = None
+
+
+class LoraLayers:
+    """The LoRAs of one denoiser; a request says which are on, and how much of each."""
+
+    def __init__(self, model: nn.Module, loras: Iterable[Lora]) -> None:
+        self.model = model
+        layers: dict[str, nn.Module] = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        }
+        self.number = {lora.id: str(index) for index, lora in enumerate(loras)}
+        for lora in loras:
+            self._inject(self.number[lora.id], read_changes(lora, model, layers))
+        self.tuned: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        self.use(())
+
+    def _inject(self, adapter: str, changes: dict[str, tuple[Tensor, Tensor]]) -> None:
+        ranks = {f"^{re.escape(name)}": down.shape[0] for name, (down, _) in changes.items()}
+        # The scale is in the weights already: alpha is the rank everywhere.
+        config = LoraConfig(
+            r=1,
+            lora_alpha=1,
+            target_modules="|".join(map(re.escape, changes)),
+            rank_pattern=ranks,
+            alpha_pattern=ranks,
+        )
+        with warnings.catch_warnings():
+            # that there is another one already, which is what is meant
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            inject_adapter_in_model(config, self.model, adapter)
+        state = {}
+        for name, (down, up) in changes.items():
+            state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = down, up
+        report: Any = set_peft_model_state_dict(self.model, state, adapter)
+        assert not report.unexpected_keys, report.unexpected_keys
+        self.model.requires_grad_(False)
+
+    def use(self, wanted: Sequence[LoraUse]) -> None:
+        """Have these, and no others, in every pass from now on."""
+        names = [self.number[use.name] for use in wanted]
+        for layer in self.tuned:
+            present = [name for name in names if name in layer.r]
+            layer.enable_adapters(bool(present))
+            if not present:
+                continue
+            layer.set_adapter(present, inference_mode=True)
+            for use in wanted:
+                if self.number[use.name] in present:
+                    layer.set_scale(self.number[use.name], use.weight)
+
+
+def read_changes(
+    lora: Lora, model: nn.Module, layers: dict[str, nn.Module]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Down- and up-projection of each layer of the model, scaled by alpha / rank; LoraDoesNotFit
+    for keys of no layer.
+    """
+    names = _names_of(model, layers)
+    found: dict[tuple[str, ...], Change] = {}
+    unknown = []
+    for key, tensor in load_file(lora.path).items():
+        module, part = _split(key)
+        targets = names.get(module)
+        if targets is None:
+            unknown.append(key)
+            continue
+        change = found.setdefault(targets, Change())
+        setattr(change, part, tensor.item() if part == "alpha" else tensor)
+    if unknown or not found:
+        named = ", ".join(sorted(unknown)[:3]) or "it has no layer at all"
+        raise LoraDoesNotFit(str(lora.path), f"{len(unknown)} keys fit no layer: {named}")
+    changes = {}
+    for targets, change in found.items():
+        if change.down is None or change.up is None:
+            raise LoraDoesNotFit(str(lora.path), f"half of {targets[0]} is missing")
+        for name, down, up in _taken_apart(targets, change.down, change.up, layers):
+            scale = 1.0 if change.alpha is None else change.alpha / down.shape[0]
+            changes[name] = (down, up * scale)
+            _check_shape(lora, name, layers[name], down, up)
+    return changes
+
+
+def _split(key: str) -> tuple[str, str]:
+    """The layer's name as the file has it, and what of it the key is."""
+    for prefix in PREFIXES:
+        key = key.removeprefix(prefix)
+    for ending, part in ENDINGS:
+        if match := ending.search(key):
+            # old MotionLoRAs were of attention processors
+            return key[: match.start()].replace(".processor.", "."), part
+    return key, ""
+
+
+def _names_of(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+    """The model's layers by every name that files have for them."""
+    names: dict[str, tuple[str, ...]] = {name: (name,) for name in layers}
+    if isinstance(model, HunyuanVideoTransformer3DModel):
+        names |= {name: parts for name, parts in _original_hunyuan(model) if parts[0] in layers}
+    # kohya joins by underscores, and lets ".0" of to_out away in some versions
+    for name, parts in list(names.items()):
+        names.setdefault(name.replace(".", "_"), parts)
+        names.setdefault(name.removesuffix(".0"), parts)
+        names.setdefault(name.removesuffix(".0").replace(".", "_"), parts)
+    return names
+
+
+def _original_hunyuan(
+    model: HunyuanVideoTransformer3DModel,
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Tencent's names of the blocks' layers, and what diffusers made of each."""
+    for index in range(len(model.transformer_blocks)):
+        old, new = f"double_blocks.{index}", f"transformer_blocks.{index}"
+        for side, query, out, norm, feed in (
+            ("img", ("to_q", "to_k", "to_v"), "to_out.0", "norm1", "ff"),
+            (
+                "txt",
+                ("add_q_proj", "add_k_proj", "add_v_proj"),
+                "to_add_out",
+                "norm1_context",
+                "ff_context",
+            ),
+        ):
+            yield f"{old}.{side}_attn_qkv", tuple(f"{new}.attn.{name}" for name in query)
+            yield f"{old}.{side}_attn_proj", (f"{new}.attn.{out}",)
+            yield f"{old}.{side}_mod.linear", (f"{new}.{norm}.linear",)
+            yield f"{old}.{side}_mlp.fc1", (f"{new}.{feed}.net.0.proj",)
+            yield f"{old}.{side}_mlp.fc2", (f"{new}.{feed}.net.2",)
+    for index in range(len(model.single_transformer_blocks)):
+        old, new = f"single_blocks.{index}", f"single_transformer_blocks.{index}"
+        parts = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+        yield f"{old}.linear1", tuple(f"{new}.{name}" for name in parts)
+        yield f"{old}.linear2", (f"{new}.proj_out",)
+        yield f"{old}.modulation.linear", (f"{new}.norm.linear",)
+    for index in range(len(model.context_embedder.token_refiner.refiner_blocks)):
+        old = f"txt_in.individual_token_refiner.blocks.{index}"
+        new = f"context_embedder.token_refiner.refiner_blocks.{index}"
+        attention = tuple(f"{new}.attn.{name}" for name in ("to_q", "to_k", "to_v"))
+        yield f"{old}.self_attn_qkv", attention
+        yield f"{old}.self_attn_proj", (f"{new}.attn.to_out.0",)
+        yield f"{old}.mlp.fc1", (f"{new}.ff.net.0.proj",)
+        yield f"{old}.mlp.fc2", (f"{new}.ff.net.2",)
+
+
+def _taken_apart(
+    targets: tuple[str, ...], down: Tensor, up: Tensor, layers: dict[str, nn.Module]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Each layer's part: all share the down-projection, and have rows of the up-projection."""
+    sizes = [_num_outputs(layers[name]) for name in targets]
+    if len(targets) > 1 and sum(sizes) == up.shape[0]:
+        for name, rows in zip(targets, up.split(sizes), strict=True):
+            yield name, down, rows.contiguous()
+    else:
+        yield targets[0], down, up
+
+
+def _num_outputs(layer: Any) -> int:
+    size: int = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return size
+
+
+def _check_shape(lora: Lora, name: str, layer: Any, down: Tensor, up: Tensor) -> None:
+    inputs = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    if down.shape[1] != inputs or up.shape[0] != _num_outputs(layer) or up.shape[1] != len(down):
+        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+        raise LoraDoesNotFit(str(lora.path), f"{name} can't be changed by {shapes}")
