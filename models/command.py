@@ -27,6 +27,24 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         command = actions.add_parser(name, help=text, description=f"{text}. {EXIT_CODES}")
         command.add_argument("path", type=Path, metavar="PATH")
         command.set_defaults(run=partial(_run, act))
+    command = actions.add_parser(
+        "inflate",
+        help="make a video checkpoint, untrained, of a Z-Image image checkpoint",
+        description=f"The result is marked `trained: false`. {EXIT_CODES}",
+    )
+    command.add_argument("path", type=Path, metavar="IMAGE_CHECKPOINT")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="default: beside it, -video")
+    command.add_argument("--licence", default="Apache-2.0", metavar="NAME", help="%(default)s")
+    command.set_defaults(run=_inflate)
+
+
+def _inflate(arguments: argparse.Namespace) -> None:
+    from models.inflate import inflate  # torch
+
+    source: Path = arguments.path
+    target: Path = arguments.out or source.with_name(f"{source.name}-video")
+    _run(lambda path: inflate(path, target, arguments.licence), arguments)
+    print(target)
 
 
 def _run(act: Callable[[Path], None], arguments: argparse.Namespace) -> None:

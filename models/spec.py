@@ -114,13 +114,25 @@ def _config(folder: Path, component: str, *keys: str) -> dict[str, Any]:
 
 def _z_image_video(folder: Path) -> FamilySpec:
     transformer = _config(folder, "transformer", "all_f_patch_size", "all_patch_size")
+    patch = transformer["all_patch_size"][0]
+    f_patch_sizes = tuple(transformer["all_f_patch_size"])
+    if read_json(folder / "vae" / "config.json").get("_class_name") == "AutoencoderKL":
+        scale = _image_vae_scale(folder)  # an image model's, frame by frame
+        return FamilySpec(
+            f_patch_sizes=f_patch_sizes,
+            frame_stride=1,
+            latent_scale=scale,
+            size_multiple=scale * patch,
+            start_image=Use.OPTIONAL,
+            source_video=True,
+        )
     keys = ("scale_factor_temporal", "scale_factor_spatial", "patch_size")
     vae = _config(folder, "vae", *keys)
     return FamilySpec(
-        f_patch_sizes=tuple(transformer["all_f_patch_size"]),
+        f_patch_sizes=f_patch_sizes,
         frame_stride=vae["scale_factor_temporal"],
         latent_scale=vae["scale_factor_spatial"],
-        size_multiple=vae["scale_factor_spatial"] * transformer["all_patch_size"][0],
+        size_multiple=vae["scale_factor_spatial"] * patch,
         start_image=Use.OPTIONAL,
         source_video=True,
         pixel_patch=vae["patch_size"] or 1,

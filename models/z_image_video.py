@@ -1,4 +1,4 @@
-"""Z-Image video: diffusers' `ZImageTransformer2DModel` on the latents of a causal Wan VAE.
+"""Z-Image video: diffusers' `ZImageTransformer2DModel` on the latents of a video or image VAE.
 
 Follows `diffusers.ZImagePipeline` (text, velocity sign, timestep) with a frame axis; a start
 frame's clean latent is held in place at every step, as the model was trained.
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, unpatchify
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
@@ -31,6 +30,7 @@ from models.start_image import pad_frames, pad_start_image
 from models.tensors import DenoiseState, Frames
 from models.tiles import Box, stream_frames
 from models.transformer_sharding import shard_z_image
+from models.video_vae import WanVae, load_video_vae
 from models.weights import choose_device, choose_dtype, load_component
 from parallel.guidance import predict_each
 from parallel.mesh import Mesh, MeshBuilder
@@ -52,8 +52,7 @@ class ZImageVideoEncoder:
         self.text_encoder = load_component(
             Qwen3Model, model.folder / "text_encoder", dtype, self.device
         )
-        self.vae = load_component(AutoencoderKLWan, model.folder / "vae", dtype, self.device)
-        self.vae.decoder = None
+        self.vae = load_video_vae(model, "encoder")
 
     @torch.inference_mode()
     def encode(
@@ -71,11 +70,11 @@ class ZImageVideoEncoder:
         start_latents = source_latents = None
         if start_image is not None:
             pixels = pad_start_image(start_image, generated_size=generated_size)
-            start_latents = self._encode_frames(pixels[:, None])
+            start_latents = self.vae.encode(pixels[:, None])
         if source_frames is not None:
             count = self.model.spec.generated_frames(request.num_frames, request.f_patch_size)
             frames = source_frames[np.minimum(np.arange(count), len(source_frames) - 1)]
-            source_latents = self._encode_frames(pad_frames(frames, generated_size=generated_size))
+            source_latents = self.vae.encode(pad_frames(frames, generated_size=generated_size))
         return ZImageConditioning(positive, negative, start_latents, source_latents, num_tokens)
 
     def _encode_text(self, text: str) -> tuple[Any, int]:
@@ -90,14 +89,6 @@ class ZImageVideoEncoder:
         kept = torch.tensor([token_ids[: self.model.manifest.max_text_tokens]], device=self.device)
         states = self.text_encoder(input_ids=kept, output_hidden_states=True).hidden_states[-2]
         return states[0].float().cpu().numpy(), len(token_ids)
-
-    def _encode_frames(self, pixels: FloatArray) -> FloatArray:
-        """[3, F, H, W] in -1..1 -> normalised latents [C, (F-1)/4+1, H/8, W/8]."""
-        video = torch.from_numpy(pixels)[None].to(self.device, self.vae.dtype)
-        latents = self.vae.encode(video).latent_dist.mode().float()
-        mean, deviation = _latent_statistics(self.vae)
-        normalised: FloatArray = ((latents - mean) / deviation)[0].cpu().numpy()
-        return normalised
 
 
 class Row(NamedTuple):
@@ -251,64 +242,20 @@ class ZImageVideoDenoiser:
 
 
 class ZImageVideoDecoder:
-    """Decodes one latent frame at a time through the Wan VAE's feature cache: 1, 4, 4, ... frames.
-
-    Bit-equal to `AutoencoderKLWan.decode`, whose loop this is; the cache is the call's own, so
-    that calls may overlap.
-    """
+    """Whatever the model's VAE, in temporal order."""
 
     def __init__(self, model: Model) -> None:
-        self.model = model
-        self.device = choose_device()
-        self.vae = load_component(
-            AutoencoderKLWan, model.folder / "vae", choose_dtype(self.device), self.device
-        )
-        self.vae.encoder = None
+        self.vae = load_video_vae(model, "decoder")
 
-    @torch.inference_mode()
     def decode(self, request: VideoRequest, latents: FloatArray) -> Iterator[Frames]:
         """Frames trimmed to the asked count and, from the middle, to the asked size."""
-        patch = self.vae.config.patch_size
-        chunks = self._decode_chunks(self.vae.post_quant_conv(self._scale(latents)))
-        if patch is not None:
-            chunks = (unpatchify(chunk, patch) for chunk in chunks)
-        yield from stream_frames((chunk[0].float().cpu().numpy() for chunk in chunks), request)
+        yield from stream_frames(self.vae.decode(latents), request)
 
-    @torch.inference_mode()
     def decode_tile(self, latents: FloatArray, box: Box) -> FloatArray:
-        """A tile of `AutoencoderKLWan.tiled_decode` before it is blended, [C, F, h, w]."""
-        scaled = self._scale(latents)[
-            :, :, :, box.top : box.top + box.height, box.left : box.left + box.width
-        ]
-        frames = [self.vae.post_quant_conv(frame) for frame in scaled.split(1, dim=2)]
-        decoded = torch.cat(list(self._decode_chunks(torch.cat(frames, dim=2))), dim=2)
-        pixels: FloatArray = decoded[0].float().cpu().numpy()
-        return pixels
-
-    def _scale(self, latents: FloatArray) -> Tensor:
-        mean, deviation = _latent_statistics(self.vae)
-        scaled = torch.tensor(latents, device=self.device) * deviation + mean
-        return scaled.to(self.vae.dtype)
-
-    def _decode_chunks(self, hidden: Tensor) -> Iterator[Tensor]:
-        """[1, 3, 1 or 4, H, W] of each latent frame."""
-        cache: list[Tensor | None] = [None] * self.vae._cached_conv_counts["decoder"]
-        for index in range(hidden.shape[2]):
-            yield self.vae.decoder(
-                hidden[:, :, index : index + 1],
-                feat_cache=cache,
-                feat_idx=[0],
-                first_chunk=index == 0,
-            )
-
-
-def _latent_statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each latent channel, [1, C, 1, 1, 1]."""
-    shape = (1, -1, 1, 1, 1)
-    return (
-        torch.tensor(vae.config.latents_mean, device=vae.device).view(shape),
-        torch.tensor(vae.config.latents_std, device=vae.device).view(shape),
-    )
+        """A tile of the frames; TypeError from a VAE that has none, which `in_tiles` tells."""
+        if not isinstance(self.vae, WanVae):
+            raise TypeError(f"{type(self.vae).__name__} does not decode in tiles")
+        return self.vae.decode_tile(latents, box)
 
 
 def _texts(conditioning: ZImageConditioning) -> list[FloatArray]:

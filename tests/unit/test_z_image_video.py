@@ -201,7 +201,8 @@ def test_streamed_decoding_is_bit_equal_to_the_whole(
     request = a_request(num_frames=13)
     latents = np.random.default_rng(0).standard_normal((1, 8, 4, 8, 8), np.float32)
     with torch.inference_mode():
-        whole = decoder.vae.decode(torch.from_numpy(latents)).sample
+        vae: Any = decoder.vae
+        whole = vae.vae.decode(torch.from_numpy(latents)).sample
     expected = ((whole[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
     streams = [decoder.decode(request, latents) for _ in range(2)]
     chunks = list(zip(*streams, strict=True))  # interleaved: each stream has its own cache
