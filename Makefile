@@ -1,6 +1,6 @@
 PYTHON ?= python3.11
 PORT ?= 8000
-SEED ?= 1
+SEED ?= 2
 PROMPT = a red circle moving right
 export PROMPT
 BIN := .venv/bin

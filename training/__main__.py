@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("models/demo"))
     parser.add_argument("--work", type=Path, help="default: out/training/seed-N")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=2)
     parser.add_argument(
         "--no-compile", action="store_true", help="train without a C++ compiler, slower"
     )
