@@ -129,7 +129,7 @@ def image(request: VideoRequest) -> dict[str, Any]:
 CASES = {
     "z-image-video": Case(
         partial(write_random_checkpoint, dim=256, num_layers=6),
-        {"num_frames": 29, "width": 192, "height": 192, "guidance_scale": 4.0},
+        {"num_frames": 37, "width": 192, "height": 192, "guidance_scale": 4.0},
         straight_loop,
     ),
     "animatediff": Case(

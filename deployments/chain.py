@@ -48,7 +48,10 @@ def bind_chain(config: AppConfig) -> Application:
             VaeDecoder
         ).bind(models, tier.torch_threads)
     text_encoder = serve.deployment()(TextEncoder).bind(
-        [offer.model for offer in offers.values()], store, config.tiers[0].torch_threads
+        [offer.model for offer in offers.values()],
+        store,
+        config.encoder,
+        config.tiers[0].torch_threads,
     )
     media_encoder = serve.deployment()(MediaEncoder).bind(
         store,

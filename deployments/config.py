@@ -47,6 +47,12 @@ class LoraConfig(BaseModel, frozen=True, extra="forbid"):
     id: str = Field(min_length=1, max_length=128)
 
 
+class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
+    """cache_bytes: what encoded texts and images may take in each text encoder; 0: none is kept."""
+
+    cache_bytes: int = Field(256 << 20, ge=0)
+
+
 class HangConfig(BaseModel, frozen=True, extra="forbid"):
     """A step hangs when it takes factor times the median of its like, and least_s at least.
 
@@ -155,6 +161,7 @@ class AppConfig(BaseModel, frozen=True, extra="forbid"):
     loras: list[LoraConfig] = []
     operation: OperationConfig = OperationConfig()
     tiers: list[TierConfig] = Field(min_length=1)
+    encoder: EncoderConfig = EncoderConfig()
     prices: PriceTable = PriceTable()
     work_weights: WorkWeights = WorkWeights()
     plans: PlanTable = PlanTable()

@@ -10,11 +10,15 @@ from models.request import VideoRequest
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A reference to the Conditioning; num_tokens counts the prompt's before truncation."""
+    """A reference to the Conditioning; num_tokens counts the prompt's before truncation.
+
+    made: whether any of it had to be encoded, and was not there from a request before.
+    """
 
     conditioning: "ObjectRef[Any]"
     num_tokens: int
     max_tokens: int
+    made: bool
 
 
 @dataclass(frozen=True, slots=True)

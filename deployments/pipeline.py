@@ -35,6 +35,7 @@ from models.request import VideoRequest
 logger = logging.getLogger("ray.serve")
 
 BACKOFF_S = 0.5
+TEXT_WAS_THERE = "the work done is charged; what it is made from was encoded before"
 T = TypeVar("T")
 WORKER_LOST = (RayActorError, ObjectLostError, WorkerCrashedError, GroupBroken)
 
@@ -275,7 +276,7 @@ class VideoPipeline:
         seconds = made.seconds | {"decode": published.decode_s, "media": published.media_s}
         return Ending(
             JobState.SUCCEEDED,
-            "the work done is charged",
+            "the work done is charged" if done.text else TEXT_WAS_THERE,
             charge_work=True,
             video_key=published.key,
             size_bytes=published.size_bytes,
@@ -289,7 +290,9 @@ class VideoPipeline:
         started_s = time.monotonic()
         await self._record(job, Phase.TEXT, done)
         encoded: Encoded = await self.text_encoder.encode_text.remote(request)
-        done.reach(text=1)
+        if encoded.made:
+            done.reach(text=1)
+            await self._record(job, Phase.TEXT, done, step=1, num_steps=1)
         made.warnings = []
         if encoded.num_tokens > encoded.max_tokens:
             made.warnings.append(

@@ -41,9 +41,10 @@ class WorkDone:
 
         A denoise that begins at a later step (of a source video) has not made those before.
         """
-        steps = [event.progress.step for event in events if event.progress.phase is Phase.DENOISE]
-        if steps:
-            self.reach(text=1)
+        phases = [(event.progress.phase, event.progress.step) for event in events]
+        # a text that was there from a request before has no step
+        self.reach(text=max((step for phase, step in phases if phase is Phase.TEXT), default=0))
+        steps = [step for phase, step in phases if phase is Phase.DENOISE]
         if made := [step for step in steps if step > 0]:
             self.reach(denoise=max(made) - min(made) + 1)
         self.reach(decode=max((event.progress.frame for event in events), default=0))

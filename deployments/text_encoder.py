@@ -9,10 +9,12 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from deployments.config import EncoderConfig
 from deployments.messages import Encoded
 from media.decode import read_all_frames
 from media.object_store import ObjectStore
 from models.catalog import Model
+from models.embeddings import EmbeddingCache
 from models.memory import within_memory
 from models.request import VideoRequest
 
@@ -20,7 +22,13 @@ from models.request import VideoRequest
 class TextEncoder:
     """Holds the text encoder, and the VAE's encoder for start images, of every model."""
 
-    def __init__(self, models: list[Model], store: ObjectStore, torch_threads: int | None) -> None:
+    def __init__(
+        self,
+        models: list[Model],
+        store: ObjectStore,
+        config: EncoderConfig,
+        torch_threads: int | None,
+    ) -> None:
         import torch
 
         from models.stages import load_encoder
@@ -30,6 +38,7 @@ class TextEncoder:
         self.models = {model.id: model for model in models}
         self.encoders = {model.id: load_encoder(model) for model in models}
         self.store = store
+        self.cache = EmbeddingCache(config.cache_bytes)
 
     async def encode_text(self, request: VideoRequest) -> Encoded:
         """A reference to the request's Conditioning."""
@@ -40,12 +49,16 @@ class TextEncoder:
         frames = None
         if request.source_video is not None:
             frames = self._read_frames(request, self.store.get(request.source_video))
-        encode = functools.partial(self.encoders[request.model].encode, request, image, frames)
+        embeddings = self.cache.open(request.model)
+        encode = functools.partial(
+            self.encoders[request.model].encode, request, image, frames, embeddings
+        )
         conditioning = within_memory(request.model, encode)
         return Encoded(
             ray.put(conditioning),
             conditioning.num_tokens,
             self.models[request.model].manifest.max_text_tokens,
+            embeddings.num_made > 0,
         )
 
     def _read_frames(self, request: VideoRequest, content: bytes) -> NDArray[np.uint8]:

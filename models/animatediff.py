@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 from models.catalog import Model
 from models.conditioning import AnimateDiffConditioning, FloatArray
 from models.denoise import first_step
+from models.embeddings import Embeddings, digest, no_embeddings
 from models.frame_unet import FrameUnet, guide
 from models.lora_layers import LoraLayers
 from models.request import VideoRequest
@@ -61,24 +62,37 @@ class AnimateDiffEncoder:
         request: VideoRequest,
         start_image: bytes | None,
         source_frames: NDArray[np.uint8] | None = None,
+        embeddings: Embeddings | None = None,
     ) -> AnimateDiffConditioning:
         """ValueError with a start image, which no admitted request has."""
         if start_image is not None:
             raise ValueError("AnimateDiff makes no video from an image")
-        guided = request.guidance_scale > 1.0
-        positive, negative = self.pipeline.encode_prompt(
-            request.prompt, self.device, 1, guided, request.negative_prompt
-        )
+        kept = embeddings or no_embeddings()
+        negative = None
+        if request.guidance_scale > 1.0:
+            negative = self._encode_text(request.negative_prompt, kept)
         source_latents = None
         if source_frames is not None:
-            frames = np.minimum(np.arange(request.num_frames), len(source_frames) - 1)
-            source_latents = self._encode_frames(source_frames[frames])
+            numbers = np.minimum(np.arange(request.num_frames), len(source_frames) - 1)
+            frames = source_frames[numbers]
+            key = ("frames", digest(frames), frames.shape)
+            (source_latents,) = kept.get(key, lambda: (self._encode_frames(frames),))
         return AnimateDiffConditioning(
-            positive=positive[0].float().cpu().numpy(),
-            negative=negative[0].float().cpu().numpy() if guided else None,
+            positive=self._encode_text(request.prompt, kept),
+            negative=negative,
             source_latents=source_latents,
             num_tokens=len(self.pipeline.tokenizer(request.prompt)["input_ids"]),
         )
+
+    def _encode_text(self, text: str, kept: Embeddings) -> FloatArray:
+        """[77, D]"""
+
+        def encode() -> tuple[FloatArray]:
+            states, _ = self.pipeline.encode_prompt(text, self.device, 1, False)
+            return (states[0].float().cpu().numpy(),)
+
+        (states,) = kept.get(("text", text), encode)
+        return states
 
     def _encode_frames(self, frames: NDArray[np.uint8]) -> FloatArray:
         """uint8 [F, H, W, 3] -> [C, F, H/8, W/8]."""

@@ -33,6 +33,7 @@ from transformers import (
 
 from models.catalog import Model
 from models.conditioning import FloatArray, HunyuanConditioning, HunyuanText
+from models.embeddings import Embeddings, digest, no_embeddings
 from models.lora_layers import LoraLayers
 from models.request import VideoRequest
 from models.spec import Use, read_json
@@ -98,27 +99,43 @@ class HunyuanVideoEncoder:
         request: VideoRequest,
         start_image: bytes | None,
         source_frames: NDArray[np.uint8] | None = None,
+        embeddings: Embeddings | None = None,
     ) -> HunyuanConditioning:
         """ValueError for an image that is missing or of no use; no admitted request is so."""
         if (start_image is not None) != self.from_image or source_frames is not None:
             raise ValueError(f"{self.model.id} can't be made from these inputs")
         size = self.model.spec.generated_size(request.width, request.height)
+        kept = embeddings or no_embeddings()
         image = black = start_latents = None
         if start_image is not None:
             image = padded_image(start_image, generated_size=size)
             black = Image.new("RGB", size)
-            start_latents = self._encode_image(image)
+            latents = self._encode_image
+            key = ("image", digest(image.tobytes()), size)
+            (start_latents,) = kept.get(key, lambda: (latents(image),))
         negative = None
         if (request.true_cfg_scale or 1.0) > 1.0:
-            negative = self._encode_text(request.negative_prompt, black, NEGATIVE_INTERLEAVE)
+            negative = self._encode_text(request.negative_prompt, black, NEGATIVE_INTERLEAVE, kept)
         return HunyuanConditioning(
-            positive=self._encode_text(request.prompt, image, self.interleave),
+            positive=self._encode_text(request.prompt, image, self.interleave, kept),
             negative=negative,
             start_latents=start_latents,
             num_tokens=len(self.pipeline.tokenizer(request.prompt)["input_ids"]),
         )
 
-    def _encode_text(self, text: str, image: Image.Image | None, interleave: int) -> HunyuanText:
+    def _encode_text(
+        self, text: str, image: Image.Image | None, interleave: int, kept: Embeddings
+    ) -> HunyuanText:
+        seen = None if image is None else (digest(image.tobytes()), image.size, interleave)
+        states, pooled = kept.get(
+            ("text", text, seen), lambda: self._states(text, image, interleave)
+        )
+        return HunyuanText(states, pooled)
+
+    def _states(
+        self, text: str, image: Image.Image | None, interleave: int
+    ) -> tuple[FloatArray, FloatArray]:
+        """Of the text's tokens, [N, D], and CLIP's pooled ones, [P]."""
         limits: dict[str, Any] = {"max_sequence_length": self.model.manifest.max_text_tokens}
         if image is not None:
             limits |= {"image": image, "image_embed_interleave": interleave}
@@ -126,7 +143,7 @@ class HunyuanVideoEncoder:
             prompt=text, device=self.device, **limits
         )
         valid = states[0][mask[0].bool()]
-        return HunyuanText(valid.float().cpu().numpy(), pooled[0].float().cpu().numpy())
+        return valid.float().cpu().numpy(), pooled[0].float().cpu().numpy()
 
     def _encode_image(self, image: Image.Image) -> FloatArray:
         """-> [C, 1, H/8, W/8], scaled as the transformer has them."""

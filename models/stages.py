@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from models.catalog import Model
 from models.conditioning import Conditioning
+from models.embeddings import Embeddings
 from models.request import ModelFamily, VideoRequest
 from models.tensors import DenoiseState, Frames
 from models.tiles import Box
@@ -30,8 +31,12 @@ class Encoder(Protocol[Made]):
         request: VideoRequest,
         start_image: bytes | None,
         source_frames: NDArray[np.uint8] | None = None,
+        embeddings: Embeddings | None = None,
     ) -> Made:
-        """start_image: a PNG of the frame's size; source_frames: uint8 [F, H, W, 3] of it."""
+        """start_image: a PNG of the frame's size; source_frames: uint8 [F, H, W, 3] of it.
+
+        embeddings: where what was encoded before may be found; counts what was not.
+        """
         ...
 
 

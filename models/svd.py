@@ -19,11 +19,13 @@ from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion 
 )
 from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from models.catalog import Model
 from models.conditioning import FloatArray, SvdConditioning
+from models.embeddings import Embeddings, digest, no_embeddings
 from models.frame_unet import FrameUnet, guide
 from models.lora_layers import LoraLayers
 from models.request import VideoRequest
@@ -69,24 +71,37 @@ class SvdEncoder:
         request: VideoRequest,
         start_image: bytes | None,
         source_frames: NDArray[np.uint8] | None = None,
+        embeddings: Embeddings | None = None,
     ) -> SvdConditioning:
-        """ValueError without a start image, which no admitted request lacks."""
+        """The latents are made anew each time, since the noise in them is the request's own.
+
+        ValueError without a start image, which no admitted request lacks.
+        """
         if start_image is None or source_frames is not None:
             raise ValueError("Stable Video Diffusion makes videos from an image")
         width, height = self.model.spec.generated_size(request.width, request.height)
         image = padded_image(start_image, generated_size=(width, height))
-        embedding = self.pipeline._encode_image(image, self.device, 1, False)
+        kept = embeddings or no_embeddings()
+        key = ("image", digest(start_image), image.size)
+        (embedding,) = kept.get(key, lambda: (self._embed(image),))
         pixels = self.pipeline.video_processor.preprocess(image, height, width).to(self.device)
         generator = torch.Generator("cpu").manual_seed(request.seed)
         noise = randn_tensor(pixels.shape, generator=generator, device=self.device)
         pixels = pixels + _noise_aug_strength(request) * noise
         latents = self.pipeline._encode_vae_image(pixels, self.device, 1, False)
+        kept.num_made += 1
         return SvdConditioning(
-            embedding=embedding[0].float().cpu().numpy(),
+            embedding=embedding,
             latents=latents[0].float().cpu().numpy(),
             generator=generator.get_state().numpy(),
             guided=request.guidance_scale > 1.0,
         )
+
+    def _embed(self, image: Image.Image) -> FloatArray:
+        """CLIP's, [1, D]."""
+        embedding = self.pipeline._encode_image(image, self.device, 1, False)
+        read: FloatArray = embedding[0].float().cpu().numpy()
+        return read
 
 
 class SvdDenoiser:

@@ -7,7 +7,7 @@ frame's clean latent is held in place at every step, as the model was trained.
 import copy
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from models.catalog import Model
 from models.conditioning import FloatArray, ZImageConditioning
 from models.denoise import first_step
+from models.embeddings import Embeddings, digest, no_embeddings
 from models.lora_layers import LoraLayers
 from models.request import VideoRequest
 from models.start_image import pad_frames, pad_start_image
@@ -60,25 +61,30 @@ class ZImageVideoEncoder:
         request: VideoRequest,
         start_image: bytes | None,
         source_frames: NDArray[np.uint8] | None = None,
+        embeddings: Embeddings | None = None,
     ) -> ZImageConditioning:
         """Guidance of 1 needs no negative text. Raises nothing of the user's making."""
-        positive, num_tokens = self._encode_text(request.prompt)
+        kept = embeddings or no_embeddings()
+        positive, num_tokens = self._encode_text(request.prompt, kept)
         negative = None
         if request.guidance_scale != 1.0:
-            negative, _ = self._encode_text(request.negative_prompt)
+            negative, _ = self._encode_text(request.negative_prompt, kept)
         generated_size = self.model.spec.generated_size(request.width, request.height)
         start_latents = source_latents = None
         if start_image is not None:
-            pixels = pad_start_image(start_image, generated_size=generated_size)
-            start_latents = self.vae.encode(pixels[:, None])
+            pixels = pad_start_image(start_image, generated_size=generated_size)[:, None]
+            key = ("image", digest(start_image), generated_size)
+            (start_latents,) = kept.get(key, lambda: (self.vae.encode(pixels),))
         if source_frames is not None:
             count = self.model.spec.generated_frames(request.num_frames, request.f_patch_size)
             frames = source_frames[np.minimum(np.arange(count), len(source_frames) - 1)]
-            source_latents = self.vae.encode(pad_frames(frames, generated_size=generated_size))
+            source = pad_frames(frames, generated_size=generated_size)
+            key = ("frames", digest(source), generated_size)
+            (source_latents,) = kept.get(key, lambda: (self.vae.encode(source),))
         return ZImageConditioning(positive, negative, start_latents, source_latents, num_tokens)
 
-    def _encode_text(self, text: str) -> tuple[Any, int]:
-        """float32 [N, D] without padding, and the number of tokens before truncation."""
+    def _encode_text(self, text: str, kept: Embeddings) -> tuple[FloatArray, int]:
+        """[N, D] without padding, and the number of tokens before truncation."""
         prompt = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}],
             tokenize=False,
@@ -86,9 +92,14 @@ class ZImageVideoEncoder:
             enable_thinking=True,
         )
         token_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        kept = torch.tensor([token_ids[: self.model.manifest.max_text_tokens]], device=self.device)
-        states = self.text_encoder(input_ids=kept, output_hidden_states=True).hidden_states[-2]
-        return states[0].float().cpu().numpy(), len(token_ids)
+        (states,) = kept.get(("text", text), lambda: (self._states(token_ids),))
+        return states, len(token_ids)
+
+    def _states(self, token_ids: list[int]) -> FloatArray:
+        cut = torch.tensor([token_ids[: self.model.manifest.max_text_tokens]], device=self.device)
+        states = self.text_encoder(input_ids=cut, output_hidden_states=True).hidden_states[-2]
+        read: FloatArray = states[0].float().cpu().numpy()
+        return read
 
 
 class Row(NamedTuple):

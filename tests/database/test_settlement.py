@@ -234,7 +234,8 @@ def test_work_that_was_told_is_charged_though_its_pipeline_is_dead(
     assert work_told(engine, job) == WorkDone()
     lease_now(engine)
     steps = [Progress(Phase.DENOISE, 1, step=step, num_steps=10) for step in range(6)]
-    tell(engine, job, Progress(Phase.TEXT, 1), *steps)
+    texts = [Progress(Phase.TEXT, 1, step=step, num_steps=1) for step in range(2)]
+    tell(engine, job, *texts, *steps)
     with engine.begin() as connection:
         move(connection, job.id, "me", "local")
     assert work_told(engine, job_now(engine, job)) == WorkDone(text=1, denoise=5)
@@ -247,6 +248,9 @@ def test_steps_that_a_source_video_saves_are_not_recalled_as_made() -> None:
         return JobEvent(seq, progress, 0, None)
 
     done = WorkDone()
+    done.recall([event(1, Progress(Phase.TEXT, 0)), event(2, Progress(Phase.DENOISE, 1, 7))])
+    assert done == WorkDone(text=0, denoise=1), "its text was there from a request before"
+    done.recall([event(3, Progress(Phase.TEXT, 0, step=1, num_steps=1))])
     steps = [0, 7, 8, 0, 8, 9]  # begun at step 6; a second attempt went on from a checkpoint
     done.recall([event(seq, Progress(Phase.DENOISE, 1, step)) for seq, step in enumerate(steps)])
     assert done == WorkDone(text=1, denoise=3)

@@ -17,6 +17,7 @@ import yaml
 from sqlalchemy import select
 
 from bench.clusters import ROOT, Cluster, environment, free_port, start
+from client.client import Client, Server
 from deployments.database import open_database, reader
 from jobs.tables import jobs
 from tests.serve.conftest import wait_until
@@ -259,6 +260,19 @@ def processes_with(home: Path) -> list[str]:
 
 
 @pytest.mark.long
+def check_that_words_are_encoded_once(server: Server) -> None:
+    """The shipped configuration keeps what they were encoded to, and charges only work."""
+    fields = {"prompt": "two green squares", "num_frames": 29, "num_steps": 1}
+    charges = []
+    with Client(server) as client:
+        for seed in (1, 2):
+            created = client.create({**fields, "seed": seed})
+            *_, last = client.follow(created["id"])
+            charges.append((last.data["video"]["charged"], last.data["video"]["reason"]))
+    assert [charge for charge, _ in charges] == [58, 57]
+    assert "encoded before" in charges[1][1]
+
+
 def test_the_readme_does_what_it_says(tmp_path: Path) -> None:
     home, port = tmp_path / "home", str(free_port())
     server: subprocess.Popen[str] | None = None
@@ -307,6 +321,9 @@ def test_the_readme_does_what_it_says(tmp_path: Path) -> None:
                 assert took is not None
                 assert float(took[1]) <= DEMO_S
             executed.append(text.split()[0] + " " + text.split()[1])
+        check_that_words_are_encoded_once(
+            Server(f"http://127.0.0.1:{port}", (home / "api_key").read_text())
+        )
     finally:
         if server is not None:
             os.killpg(server.pid, signal.SIGINT)
