@@ -102,7 +102,7 @@ def straight_loop(
         torch.tensor(text) for text in (conditioning.positive, conditioning.negative)
     )
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(after_step: Callable[[], None]) -> None:
         latents = denoiser.start(request, conditioning).latents.clone()
         scheduler = denoiser._schedule(request)

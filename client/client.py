@@ -100,7 +100,10 @@ class Client:
             return self.call("POST", "/v1/videos", json=fields)
         with image.open("rb") as file:
             files = {"input_reference": (image.name, file.read())}
-        form = {name: str(value) for name, value in fields.items()}
+        form = {
+            name: json.dumps(value) if isinstance(value, list | dict) else str(value)
+            for name, value in fields.items()
+        }
         return self.call("POST", "/v1/videos", data=form, files=files)
 
     def get(self, video_id: str) -> dict[str, Any]:

@@ -43,6 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--guidance", type=float, dest="guidance_scale", metavar="G")
     command.add_argument("--negative-prompt", metavar="TEXT")
     command.add_argument("--seed", type=int, metavar="N")
+    command.add_argument("--scheduler", metavar="NAME")
+    command.add_argument("--motion-bucket", type=int, dest="motion_bucket_id", metavar="N")
+    command.add_argument(
+        "--lora", type=_lora, action="append", dest="loras", metavar="NAME[=WEIGHT]"
+    )
     command.add_argument("--image", type=Path, metavar="FILE", help="start from this picture")
     command.set_defaults(run=_generate)
     add_account_commands(commands)
@@ -50,6 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     for added in entry_points(group="mutoscope.commands"):
         added.load()(commands)
     return parser
+
+
+def _lora(text: str) -> dict[str, Any]:
+    name, _, weight = text.partition("=")
+    return {"name": name, "weight": float(weight)} if weight else {"name": name}
 
 
 def _generate(arguments: argparse.Namespace) -> None:
