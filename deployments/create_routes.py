@@ -158,6 +158,8 @@ class CreateRoutes:
             del kept["width"], kept["height"]
         if "seconds" in body.fields:
             del kept["num_frames"]
+        if {"motion_strength", "motion_bucket_id"} & body.fields.keys():
+            del kept["motion_strength"], kept["motion_bucket_id"]
         body = replace(body, model=job.model, fields={**kept, **body.fields})
         resolved = self._resolve(body).model_copy(update={"remixed_from": job.id})
         return self._answer(await self._admit(request, body, resolved, {}, attempt))
@@ -200,10 +202,14 @@ class CreateRoutes:
         source = await self._read_source(body.video, account_of(request).id)
         fields = {"fps": source.shape.fps, **_size_of(source), **body.fields}
         fields = replace(body, fields=fields).with_size_and_frames(source.shape.fps)
-        defaults = self.admission.offer(body.model).model.manifest.defaults
-        asked = fields.get("num_frames", defaults.num_frames)
+        model = self.admission.offer(body.model).model
+        most = model.max_frames - 1  # beside the one that it begins from
+        asked = fields.get("num_frames", min(model.manifest.defaults.num_frames, most))
         if re.fullmatch(r"0*[1-9][0-9]{0,5}", str(asked)) is None:
             raise InvalidRequest("num_frames", "num_frames must be a whole number above 0")
+        if int(asked) > most:
+            message = f"an extension by {model.id} has at most {most} frames"
+            raise InvalidRequest("num_frames", message)
         fields["num_frames"] = int(asked) + 1  # the one that it begins from is there already
         body = replace(body, fields=fields, image=source.last_frame)
         resolved = self._resolve(body).model_copy(update={"continued_frames": source.num_frames})

@@ -25,7 +25,7 @@ from models.frame_unet import FrameUnet, guide
 from models.lora_layers import LoraLayers
 from models.request import VideoRequest
 from models.schedulers import DiffusionSchedules, advance, begin_at
-from models.spec import read_json
+from models.spec import has_whole_motion_unet
 from models.start_image import pad_frames
 from models.tensors import DenoiseState, Frames
 from models.tiles import stream_frames
@@ -215,7 +215,7 @@ class AnimateDiffDecoder:
 def _load_unet(model: Model, dtype: torch.dtype, device: torch.device) -> Any:
     """One `UNetMotionModel`, or Stable Diffusion's UNet and a motion adapter put together."""
     folder = model.folder / "unet"
-    if read_json(folder / "config.json").get("_class_name") == "UNetMotionModel":
+    if has_whole_motion_unet(model.folder):
         return load_component(UNetMotionModel, folder, dtype, device)
     unet = load_component(UNet2DConditionModel, folder, dtype, device)
     adapter = load_component(MotionAdapter, model.folder / "motion_adapter", dtype, device)

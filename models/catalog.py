@@ -4,20 +4,30 @@ import hashlib
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from models.families import FIELDS_OF_FAMILIES, LCM_STEPS
+from models.families import FIELDS_OF_FAMILIES, LCM_STEPS, SVD_FAMILIES
 from models.request import InvalidRequest, ModelFamily, NotSupported, Scheduler, VideoRequest
 from models.safetensors_header import read_header
-from models.spec import LAYOUTS, FamilySpec, Use, WeightsDamaged, WeightsMissing, read_json
+from models.spec import (
+    LAYOUTS,
+    FamilySpec,
+    Use,
+    WeightsDamaged,
+    WeightsMissing,
+    has_whole_motion_unet,
+    read_json,
+)
+from models.territories import Territory
 
 if TYPE_CHECKING:
     from models.lora import Lora
 
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 CHUNK_BYTES = 1 << 20
+IMAGE_TOKEN = "<image>"
 
 
 class ModelNotFound(Exception):
@@ -61,7 +71,7 @@ class ModelManifest(BaseModel, frozen=True, extra="forbid"):
     trained: bool
     licence: str
     commercial_use: bool = True
-    territory_exclusions: tuple[str, ...] = ()
+    territory_exclusions: tuple[Literal["EU"] | Territory, ...] = ()
     vae: str
     max_text_tokens: int = Field(ge=1)
     min_frames: int = Field(ge=1)
@@ -106,8 +116,15 @@ class Model:
             if fields.get(name) not in (None, "") and family not in families:
                 raise NotSupported(name, f"{name} means nothing to {family}")
         defaults = self.manifest.defaults.model_dump(exclude_none=True)
-        if fields.get("motion_strength") is not None:
-            defaults.pop("motion_bucket_id", None)  # it says the same
+        guidance = fields.get("guidance_scale", defaults["guidance_scale"])
+        if not self.spec.guidance and guidance != defaults["guidance_scale"]:
+            message = f"{self.id} takes no guidance_scale; true_cfg_scale guides it"
+            raise NotSupported("guidance_scale", message)
+        if fields.get("motion_strength") is not None and family in SVD_FAMILIES:
+            defaults.pop("motion_bucket_id", None)
+            if fields.get("motion_bucket_id") is not None:
+                message = "motion_bucket_id and motion_strength say the same: give one"
+                raise InvalidRequest("motion_strength", message)
         values = {
             **defaults,
             "seed": secrets.randbelow(2**31),
@@ -123,6 +140,10 @@ class Model:
             raise InvalidRequest(param, f"{param}: {first['msg']}") from None
         self._check_bounds(request)
         self._check_loras(request)
+        for name in ("prompt", "negative_prompt"):
+            # HunyuanVideo's encoder puts the start image where this stands
+            if family is ModelFamily.HUNYUAN_VIDEO and IMAGE_TOKEN in getattr(request, name):
+                raise InvalidRequest(name, f"{name} must not contain {IMAGE_TOKEN}")
         return request
 
     def check_inputs(self, *, start_image: bool, source_video: bool = False) -> None:
@@ -164,7 +185,7 @@ class Model:
                     "size",
                     f"{param} must be {spec.size_multiple} to {manifest.max_side}, not {side}",
                 )
-        if request.scheduler is Scheduler.LCM and request.num_steps > LCM_STEPS:
+        if (request.scheduler or spec.scheduler) is Scheduler.LCM and request.num_steps > LCM_STEPS:
             raise InvalidRequest("num_steps", f"num_steps must be at most {LCM_STEPS} with lcm")
         if request.width * request.height > manifest.max_area:
             raise InvalidRequest("size", f"width x height must be at most {manifest.max_area}")
@@ -180,7 +201,10 @@ def load_model(folder: Path, model_id: str | None = None) -> Model:
     except ValidationError as error:
         raise WeightsDamaged(str(folder / "manifest.json"), str(error)) from None
     layout = LAYOUTS[manifest.family]
-    _check_files(folder, manifest.sha256, layout.components)
+    components = layout.components
+    if manifest.family is ModelFamily.ANIMATEDIFF and not has_whole_motion_unet(folder):
+        components = (*components, "motion_adapter")
+    _check_files(folder, manifest.sha256, components)
     return Model(
         id=model_id or str(manifest.family),
         folder=folder,
@@ -200,11 +224,20 @@ def _check_files(folder: Path, sha256: dict[str, str], components: tuple[str, ..
     for component in components:
         if not list((folder / component).glob("*.safetensors")):
             raise WeightsMissing(str(folder / component / "*.safetensors"))
+    _check_shards(folder)
     for path in sorted(folder.rglob("*")):
         if path.suffix in PICKLE_SUFFIXES:
             raise WeightsDamaged(str(path), "pickled weights are refused; use safetensors")
         if path.suffix == ".safetensors":
             read_header(path)
+
+
+def _check_shards(folder: Path) -> None:
+    """Every file that a component's index names is there."""
+    for index in sorted(folder.glob("*/*.safetensors.index.json")):
+        for name in sorted({*map(str, read_json(index).get("weight_map", {}).values())}):
+            if not (index.parent / name).is_file():
+                raise WeightsMissing(str(index.parent / name))
 
 
 def _digest(path: Path) -> str:

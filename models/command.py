@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from models.probe import NotRecognised, find_all, probe
+from models.probe import Found, NotRecognised, find_all, probe
 from models.safetensors_header import read_header
 from models.spec import WeightsDamaged, WeightsMissing
 
@@ -50,7 +50,7 @@ def _inflate(arguments: argparse.Namespace) -> None:
 def _run(act: Callable[[Path], None], arguments: argparse.Namespace) -> None:
     try:
         act(arguments.path)
-    except (WeightsMissing, WeightsDamaged) as error:
+    except (WeightsMissing, WeightsDamaged, OSError) as error:
         print(f"mutoscope: {error}", file=sys.stderr)
         sys.exit(AT_FAULT)
     except NotRecognised as error:
@@ -81,6 +81,13 @@ def _validate(path: Path) -> None:
 def _list(path: Path) -> None:
     if not path.is_dir():
         raise NotRecognised(path, "not a folder")
+    at_fault = False
     for found in find_all(path):
+        if not isinstance(found, Found):
+            print(f"mutoscope: {found}", file=sys.stderr)
+            at_fault = True
+            continue
         details = " ".join(f"{name}={value}" for name, value in found.details.items())
         print(f"{found.path}\t{found.type}\t{found.base}\t{details}")
+    if at_fault:
+        sys.exit(AT_FAULT)

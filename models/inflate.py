@@ -40,13 +40,16 @@ def inflate(source: Path, target: Path, licence: str) -> None:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    inflate_transformer(_load(source / "transformer")).save_pretrained(partial / "transformer")
-    for part in COPIED:
-        shutil.copytree(source / part, partial / part)
-    manifest = _manifest(found.details.get("variant", "base"), licence, _check_sums(partial))
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    load_model(partial)
-    partial.rename(target)
+    try:
+        inflate_transformer(_load(source / "transformer")).save_pretrained(partial / "transformer")
+        for part in COPIED:
+            shutil.copytree(source / part, partial / part)
+        manifest = _manifest(found.details.get("variant", "base"), licence, _check_sums(partial))
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        load_model(partial)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def inflate_transformer(

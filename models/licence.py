@@ -1,15 +1,9 @@
 """Whether a checkpoint may be offered where, and for what, this is operated."""
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from models.catalog import Model
-
-EUROPEAN_UNION = frozenset(
-    {
-        "AT", "BE", "BG", "CY", "CZ", "DE", "DK", "EE", "ES", "FI", "FR", "GR", "HR", "HU",
-        "IE", "IT", "LT", "LU", "LV", "MT", "NL", "PL", "PT", "RO", "SE", "SI", "SK",
-    }
-)  # fmt: skip
+from models.territories import EUROPEAN_UNION, Territory
 
 
 class OperationConfig(BaseModel, frozen=True, extra="forbid"):
@@ -17,7 +11,7 @@ class OperationConfig(BaseModel, frozen=True, extra="forbid"):
     they pay for it.
     """
 
-    territories: frozenset[str] = Field(frozenset(), max_length=250)
+    territories: frozenset[Territory] = frozenset()
     commercial: bool = True
 
 
@@ -44,7 +38,7 @@ def check_licence(model: Model, operation: OperationConfig) -> None:
         raise LicenceForbids(model.id, f"{manifest.licence} is for non-commercial use")
     if not manifest.territory_exclusions:
         return
-    excluded = {*manifest.territory_exclusions}
+    excluded: set[str] = {*manifest.territory_exclusions}
     named = ", ".join(sorted(excluded))
     if "EU" in excluded:
         excluded |= EUROPEAN_UNION

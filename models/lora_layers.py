@@ -18,13 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.lora import Lora
+from models.probe import strip_prefixes
 from models.request import LoraUse
 from models.spec import WeightsDamaged
 
-PREFIXES = (
-    "base_model.model.", "transformer.", "diffusion_model.", "unet.",
-    "lora_transformer_", "lora_unet__", "lora_unet_",
-)  # fmt: skip
 # The last groups of a key, and what they hold: the down- or the up-projection, or the scale.
 ENDINGS = (
     (re.compile(r"\.lora_A(\.default)?\.weight$"), "down"),
@@ -132,8 +129,7 @@ def read_changes(
 
 def _split(key: str) -> tuple[str, str]:
     """The layer's name as the file has it, and what of it the key is."""
-    for prefix in PREFIXES:
-        key = key.removeprefix(prefix)
+    key = strip_prefixes(key)
     for ending, part in ENDINGS:
         if match := ending.search(key):
             # old MotionLoRAs were of attention processors

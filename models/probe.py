@@ -14,7 +14,7 @@ from typing import Any
 from models.catalog import PICKLE_SUFFIXES, load_model
 from models.request import ModelFamily
 from models.safetensors_header import Header, read_header
-from models.spec import WeightsDamaged, read_json
+from models.spec import WeightsDamaged, WeightsMissing, read_json
 
 
 class ModelType(StrEnum):
@@ -94,13 +94,27 @@ LORA_KEY = re.compile(
 OMI_BASES = {"hunyuan-video/lora": Base.HUNYUAN_VIDEO, "stable-diffusion-v1/lora": Base.SD_1}
 # The first that a key matches tells what a LoRA is for.
 LORA_BASES = (
+    (r"temporal_transformer_blocks", Base.SVD),
     (r"motion_modules", Base.SD_1),
     (r"double_blocks|single_blocks|single_transformer_blocks", Base.HUNYUAN_VIDEO),
-    (r"^(transformer|diffusion_model)\.(transformer_blocks)\.", Base.HUNYUAN_VIDEO),
-    (r"^(transformer|diffusion_model)\.(layers|noise_refiner|context_refiner)\.", Base.Z_IMAGE),
-    (r"^lora_unet__?layers_", Base.Z_IMAGE),
-    (r"^(unet\.|lora_unet_)(down_blocks|mid_block|up_blocks)", Base.SD_1),
+    (r"^transformer_blocks[._]", Base.HUNYUAN_VIDEO),
+    (r"^(layers|noise_refiner|context_refiner)[._]", Base.Z_IMAGE),
+    (r"^(down_blocks|mid_block|up_blocks)[._]", Base.SD_1),
 )
+
+
+# What files put before a layer's name.
+LORA_PREFIXES = (
+    "base_model.model.", "transformer.", "diffusion_model.", "unet.",
+    "lora_transformer_", "lora_unet__", "lora_unet_",
+)  # fmt: skip
+
+
+def strip_prefixes(key: str) -> str:
+    """A LoRA's key from the layer's name on."""
+    for prefix in LORA_PREFIXES:
+        key = key.removeprefix(prefix)
+    return key
 
 
 def probe(path: Path) -> Found:
@@ -116,12 +130,14 @@ def probe(path: Path) -> Found:
     return _probe_file(path, read_header(path))
 
 
-def find_all(folder: Path) -> Iterator[Found]:
-    """Every checkpoint below a folder; the parts of one are not told apart from it."""
+def find_all(folder: Path) -> "Iterator[Found | WeightsDamaged | WeightsMissing]":
+    """Every checkpoint below a folder, or what is wrong with it; the parts of one are one."""
     for path in sorted(folder.iterdir()):
-        if path.is_dir() or path.suffix == ".safetensors":
+        if path.is_dir() or path.suffix in {".safetensors", *PICKLE_SUFFIXES}:
             try:
                 yield probe(path)
+            except (WeightsDamaged, WeightsMissing) as error:
+                yield error
             except NotRecognised:
                 if path.is_dir():
                     yield from find_all(path)
@@ -187,7 +203,7 @@ def _as_lora(path: Path, header: Header) -> Found | None:
         told = {"modelspec.architecture": architecture}
         return Found(path, ModelType.LORA, OMI_BASES[architecture], told)
     for pattern, base in LORA_BASES:
-        if any(re.search(pattern, key) for key in keys):
+        if any(re.search(pattern, strip_prefixes(key)) for key in keys):
             details: dict[str, Any] = {"motion": True} if pattern == "motion_modules" else {}
             return Found(path, ModelType.LORA, base, details)
     raise NotRecognised(path, "a LoRA whose keys fit no model that is known here")

@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_lcm import LCMScheduler
 from torch import Tensor
 
 from models.request import Scheduler, VideoRequest
-from models.spec import WeightsDamaged, read_json
+from models.spec import SCHEDULER_CLASSES, WeightsDamaged, read_json
 from models.tensors import DenoiseState
 
 CLASSES = {
@@ -31,12 +31,11 @@ class DiffusionSchedules:
     def __init__(self, folder: Path) -> None:
         path = folder / "scheduler" / "scheduler_config.json"
         self.config = read_json(path)
-        by_name = {each.__name__: kind for kind, each in CLASSES.items()}
         name = self.config.get("_class_name")
-        if name not in by_name:
-            known = ", ".join(by_name)
+        if name not in SCHEDULER_CLASSES:
+            known = ", ".join(SCHEDULER_CLASSES)
             raise WeightsDamaged(str(path), f"its scheduler is {name}, not one of {known}")
-        self.own = by_name[name]
+        self.own = SCHEDULER_CLASSES[name]
         self.made: dict[Scheduler, Any] = {}
 
     def schedule(self, request: VideoRequest, device: torch.device) -> Any:

@@ -7,7 +7,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from models.request import ModelFamily
+from models.request import ModelFamily, Scheduler
+
+SCHEDULER_CLASSES = {
+    "DDIMScheduler": Scheduler.DDIM,
+    "EulerDiscreteScheduler": Scheduler.EULER,
+    "LCMScheduler": Scheduler.LCM,
+}
 
 
 class WeightsMissing(Exception):
@@ -48,7 +54,8 @@ class FamilySpec:
     latent_scale its spatial one, pixel_patch that part of it which is patches of pixels;
     size_multiple: of width and height. dropped_frames: decoded before the video's first.
     max_positions: the most frames that it tells apart, None: any number. in_tiles: whether frames
-    may be decoded in tiles by several decoders.
+    may be decoded in tiles by several decoders. scheduler: the checkpoint's own, if it is one that
+    a request may name. guidance: whether guidance_scale means anything to it.
     """
 
     f_patch_sizes: tuple[int, ...]
@@ -61,6 +68,8 @@ class FamilySpec:
     dropped_frames: int = 0
     max_positions: int | None = None
     in_tiles: bool = False
+    scheduler: Scheduler | None = None
+    guidance: bool = True
 
     def generated_frames(self, num_frames: int, f_patch_size: int) -> int:
         """The least frame count whose latent frames fill whole temporal patches and leave
@@ -142,8 +151,8 @@ def _z_image_video(folder: Path) -> FamilySpec:
 
 def _animatediff(folder: Path) -> FamilySpec:
     scale = _image_vae_scale(folder)
-    has_adapter = (folder / "motion_adapter").is_dir()
-    motion = _config(folder, "motion_adapter" if has_adapter else "unet", "motion_max_seq_length")
+    part = "unet" if has_whole_motion_unet(folder) else "motion_adapter"
+    motion = _config(folder, part, "motion_max_seq_length")
     return FamilySpec(
         f_patch_sizes=(1,),
         frame_stride=1,
@@ -152,6 +161,9 @@ def _animatediff(folder: Path) -> FamilySpec:
         start_image=Use.REFUSED,
         source_video=True,
         max_positions=motion["motion_max_seq_length"],
+        scheduler=SCHEDULER_CLASSES.get(
+            read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name", "")
+        ),
     )
 
 
@@ -182,7 +194,13 @@ def _hunyuan_video(folder: Path) -> FamilySpec:
         start_image=Use.REFUSED if condition is None else Use.REQUIRED,
         source_video=False,
         dropped_frames=vae["temporal_compression_ratio"] if condition == "latent_concat" else 0,
+        guidance=bool(transformer.get("guidance_embeds", False)),
     )
+
+
+def has_whole_motion_unet(folder: Path) -> bool:
+    """Whether AnimateDiff's UNet has its motion modules in it, and needs no adapter beside it."""
+    return _config(folder, "unet").get("_class_name") == "UNetMotionModel"
 
 
 def _image_vae_scale(folder: Path) -> int:

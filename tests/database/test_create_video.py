@@ -84,7 +84,7 @@ def test_json_and_multipart_say_the_same(door: Door, alice: Account, form: Any) 
         ({"prompt": "x", "input_reference": "http://10.0.0.1/y.png"}, 400, "input_reference"),
         ({"prompt": "x", "input_reference": "ftp://x/y.png"}, 400, "input_reference"),
         ({"prompt": "x", "input_reference": ["a", "b"]}, 400, "input_reference"),
-        ({"prompt": "x", "lora": {"name": "a"}}, 400, "lora"),
+        ({"prompt": "x", "lora": {"name": "a"}}, 400, "loras"),
         ({"prompt": "x", "controlType": "depth"}, 400, "controlType"),
         ({"prompt": "x", "n": 2}, 400, "n"),
         ({"prompt": "x", "motionStrength": 1.1}, 400, "motion_strength"),

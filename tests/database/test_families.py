@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine
 
 from autoscaling.tiers import GpuTier, ServedOn
 from credits.accounts import Account
@@ -14,7 +15,8 @@ from deployments.admission import Offer
 from deployments.ingress import IngressParts
 from models.catalog import load_model
 from models.lora import load_lora
-from tests.database.conftest import Door, png
+from tests.database.conftest import Door, end_next_job, png
+from tests.database.test_derived import write_mp4
 from training.random_families import RANDOM_FAMILIES, write_random_lora
 
 pytestmark = pytest.mark.database
@@ -33,6 +35,20 @@ def parts(parts: IngressParts, random_family: Callable[[str], Path]) -> IngressP
     offers["animatediff"] = replace(offers["animatediff"], model=model)
     offers["svd"] = replace(offers["svd"], licence_override="bought on 2026-01-02")
     return replace(parts, offers={**parts.offers, **offers})
+
+
+@pytest.fixture
+def finished(engine: Engine, door: Door, tmp_path: Path) -> Callable[..., str]:
+    """Creates a video of these fields and ends its job; its id."""
+
+    def make(files: dict[str, Any]) -> str:
+        created = door.as_account()("POST", "/v1/videos", files=files)
+        assert created.status_code == 200, created.text
+        end_next_job(engine, door.store, content=write_mp4(tmp_path / "made.mp4"))
+        video_id: str = created.json()["id"]
+        return video_id
+
+    return make
 
 
 IMAGE = {"input_reference": ("start.png", png(64, 64), "image/png")}
@@ -115,6 +131,33 @@ def test_a_model_without_words_needs_none(door: Door, an_account: Callable[..., 
     files = {"model": (None, "svd"), **IMAGE}
     video = door.as_account()("POST", "/v1/videos", files=files).json()
     assert (video["prompt"], video["warnings"], video["num_frames"]) == ("", [], 14)
+
+
+def test_a_remix_takes_either_word_for_motion(
+    door: Door, an_account: Callable[..., Account], finished: Callable[..., str]
+) -> None:
+    an_account("alice")
+    call = door.as_account()
+    former = finished({"model": (None, "svd"), **IMAGE})
+    for field, value in (("motion_strength", 0.1), ("motion_bucket_id", 9)):
+        video = call("POST", f"/v1/videos/{former}/remix", json={field: value}).json()
+        others = {"motion_strength", "motion_bucket_id"} - {field}
+        assert video[field] == value, video
+        assert [video[other] for other in others] == [None]
+
+
+def test_an_extension_asks_for_what_the_model_can(
+    door: Door, an_account: Callable[..., Account], finished: Callable[..., str]
+) -> None:
+    """One frame of those that it makes is there already."""
+    an_account("alice")
+    call = door.as_account()
+    former = finished({"model": (None, "animatediff"), "prompt": (None, "x")})
+    body = {"model": "svd", "video": former}
+    assert call("POST", "/v1/videos/extensions", json=body).json()["num_frames"] == 14
+    refused = call("POST", "/v1/videos/extensions", json={**body, "num_frames": 14})
+    assert refused.status_code == 400
+    assert "at most 13 frames" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("name", ["svd", "hunyuan-video"])

@@ -354,6 +354,10 @@ def test_frames_that_will_be_dropped_are_generated_too(random_family: RandomFami
         ("svd", {"width": 8}, "size"),
         ("svd", {"scheduler": "lcm"}, "scheduler"),
         ("svd-xt", {"num_frames": 26}, "num_frames"),
+        ("svd", {"motion_bucket_id": 5, "motion_strength": 0.5}, "motion_strength"),
+        ("hunyuan-video", {"prompt": "an <image> cat"}, "prompt"),
+        ("hunyuan-video", {"negative_prompt": "<image>"}, "negative_prompt"),
+        ("hunyuan-video-concat", {"guidance_scale": 3}, "guidance_scale"),
         ("hunyuan-video", {"num_frames": 130}, "num_frames"),
         ("hunyuan-video", {"min_guidance_scale": 1}, "min_guidance_scale"),
         ("hunyuan-video", {"true_cfg_scale": 0.5}, "true_cfg_scale"),
@@ -362,8 +366,9 @@ def test_frames_that_will_be_dropped_are_generated_too(random_family: RandomFami
 def test_what_a_family_does_not_do_is_refused_by_field(
     random_family: RandomFamily, family: str, fields: dict[str, Any], param: str
 ) -> None:
+    model = load_model(random_family(family))
     with pytest.raises(InvalidRequest) as refused:
-        load_model(random_family(family)).resolve({"prompt": "x", **fields})
+        model.resolve({"prompt": "x", **fields})
     assert refused.value.param == param
 
 
@@ -395,6 +400,41 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_by_name(
     (folder / part / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(WeightsMissing, match=part):
         load_model(folder)
+
+
+def test_every_shard_that_an_index_names_has_to_be_there(
+    random_family: RandomFamily, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copied"
+    shutil.copytree(random_family("hunyuan-video"), folder)
+    index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    names = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-2.safetensors"]
+    index.write_text(json.dumps({"weight_map": dict(enumerate(names))}))
+    with pytest.raises(WeightsMissing, match="model-2"):
+        load_model(folder)
+
+
+def test_an_adapter_is_part_of_a_checkpoint_without_motion_in_its_unet(
+    random_family: RandomFamily, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copied"
+    shutil.copytree(random_family("animatediff"), folder)
+    (folder / "motion_adapter" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(WeightsMissing, match="motion_adapter"):
+        load_model(folder)
+
+
+def test_the_checkpoints_own_scheduler_bounds_the_steps(
+    random_family: RandomFamily, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copied"
+    shutil.copytree(random_family("animatediff"), folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "LCMScheduler"}))
+    model = load_model(folder)
+    with pytest.raises(InvalidRequest, match="at most 50"):
+        model.resolve({"prompt": "x", "num_steps": 51})
+    assert model.resolve({"prompt": "x", "num_steps": 51, "scheduler": "ddim"}).num_steps == 51
 
 
 def test_a_scheduler_that_nothing_here_knows_is_refused(

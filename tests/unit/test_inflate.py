@@ -119,4 +119,10 @@ def test_only_whole_image_checkpoints_are_inflated(
     shutil.rmtree(image_checkpoint / "vae")
     with pytest.raises((WeightsMissing, FileNotFoundError)):
         inflate(image_checkpoint, tmp_path / "out", "none")
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["z-image"]
+    (tmp_path / "z-image-video").mkdir()
+    done = subprocess.run(
+        [str(MUTOSCOPE), "models", "inflate", str(image_checkpoint)], capture_output=True, text=True
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "is there already" in done.stderr

@@ -117,6 +117,15 @@ FILES: list[tuple[Callable[[], dict[str, torch.Tensor]], ModelType, Base, dict[s
         ModelType.LORA, Base.SD_1, {},
     ),
     (
+        lambda: named("unet.down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn1.to_q"
+                      ".lora_A.weight"),
+        ModelType.LORA, Base.SVD, {},
+    ),
+    (
+        lambda: named("base_model.model.layers.0.attention.to_q.lora_A.weight"),
+        ModelType.LORA, Base.Z_IMAGE, {},
+    ),
+    (
         lambda: named("down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.processor"
                       ".to_q_lora.down.weight"),
         ModelType.LORA, Base.SD_1, {"motion": True},
@@ -219,9 +228,11 @@ def test_all_checkpoints_below_a_folder_are_found(
     (tmp_path / "deep" / "main").symlink_to(random_family("svd"))
     save_file(adapter(True, 32), tmp_path / "deep" / "er" / "motion.safetensors")
     (tmp_path / "deep" / "notes.txt").write_text("no model")
-    found: list[Found] = list(find_all(tmp_path))
-    assert {item.type for item in found} == {ModelType.MAIN, ModelType.MOTION_MODULE}
-    assert len(found) == 2
+    (tmp_path / "deep" / "a.safetensors").write_bytes(b"torn")
+    found = list(find_all(tmp_path))
+    whole = [item for item in found if isinstance(item, Found)]
+    assert {item.type for item in whole} == {ModelType.MAIN, ModelType.MOTION_MODULE}
+    assert (len(whole), len(found)) == (2, 3), "what is damaged hides nothing"
 
 
 @pytest.mark.parametrize(
