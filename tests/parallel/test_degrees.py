@@ -78,10 +78,20 @@ def follow_one(rank: int, meshes: MeshBuilder, course: Course) -> NDArray[np.flo
     return parked.latents
 
 
+def alone(_rank: int, courses: list[Course]) -> list[NDArray[np.float32]]:
+    """What one rank makes, with as many threads as each of several has: torch rounds by them."""
+    found = []
+    for course in courses:
+        denoiser = load_denoiser(load_model(course.folder))
+        *_, last = denoise(denoiser, course.request(), course.conditioning())
+        found.append(last.latents.numpy())
+    return found
+
+
 def test_every_degree_and_block_in_turn_ends_as_on_one_rank(
     checkpoint: Path, random_family: Callable[[str], Path]
 ) -> None:
-    """Latents of the random UNets grow large: what they may differ by is relative to that."""
+    """SVD's noise has a deviation of 700, and so the rounding of its first steps."""
     guided = {"true_cfg_scale": 2.0, "num_frames": 9}
     courses = [
         Course(checkpoint, OF_TOKENS, {"guidance_scale": 2.0}),
@@ -92,13 +102,12 @@ def test_every_degree_and_block_in_turn_ends_as_on_one_rank(
         Course(random_family("svd"), OF_FRAMES, {"num_frames": 5}),
     ]
     made = run_ranks(len(EVERYONE), follow, courses)
+    (expected,) = run_ranks(1, alone, courses)
     for index, course in enumerate(courses):
-        denoiser = load_denoiser(load_model(course.folder))
-        *_, alone = denoise(denoiser, course.request(), course.conditioning())
-        expected = alone.latents.numpy()
+        allowed = 1e-5 * max(1.0, float(np.abs(expected[index]).max()))
         for latents in (by_rank[index] for by_rank in made):
-            difference = np.abs(latents - expected).max()
-            assert difference <= 1e-5 * max(1.0, np.abs(expected).max()), course.folder.name
+            difference = np.abs(latents - expected[index]).max()
+            assert difference <= allowed, (course.folder.name, difference)
 
 
 def test_every_plan_of_an_aligned_block_finds_its_groups() -> None:
