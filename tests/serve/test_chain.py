@@ -22,6 +22,7 @@ from tests.serve.conftest import read_mp4, until, wait_until
 from training.attributes import read_attributes
 from training.captions import canonical
 from training.clips import Combination, draw_clip
+from training.random_families import RANDOM_FAMILIES
 
 pytestmark = pytest.mark.serve
 
@@ -183,7 +184,7 @@ def test_the_official_client_works_unchanged(cluster: Cluster, tmp_path: Path) -
             official.videos.create(prompt="x", size="63x64")
         assert refused.value.param == "size"
         models = [model.id for model in official.models.list()]
-        assert models == ["z-image-video", "pair", "single"]
+        assert models == ["z-image-video", "pair", "single", *RANDOM_FAMILIES]
 
 
 def test_every_answer_has_a_request_id(cluster: Cluster) -> None:
