@@ -27,7 +27,10 @@ from media.encode import MediaEncodingFailed
 from media.object_store import ObjectNotFound
 from models.catalog import ModelNotFound
 from models.checkpoint import CheckpointUnusable
+from models.licence import LicenceForbids
+from models.lora import LoraDoesNotFit
 from models.memory import OutOfMemory
+from models.probe import NotRecognised
 from models.request import InvalidRequest, NotSupported
 from models.spec import WeightsDamaged, WeightsMissing
 
@@ -112,6 +115,9 @@ ANSWERS: dict[type[Exception], Answer] = {
     RequestQuarantined: STAGE_FAILED,
     VideoFailed: STAGE_FAILED,
     MediaEncodingFailed: STAGE_FAILED,
+    LicenceForbids: STAGE_FAILED,
+    LoraDoesNotFit: STAGE_FAILED,
+    NotRecognised: STAGE_FAILED,
     WeightsDamaged: STAGE_FAILED,
     WeightsMissing: STAGE_FAILED,
 }

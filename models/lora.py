@@ -9,6 +9,10 @@ from models.probe import FAMILY_BASES, Base, ModelType, probe
 from models.spec import WeightsDamaged
 
 
+class LoraDoesNotFit(WeightsDamaged):
+    """A LoRA has keys for layers that the model does not have, or for none at all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lora:
     """A file of low-rank changes to a denoiser's layers (Hu et al., arXiv:2106.09685)."""

@@ -17,10 +17,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.lora import Lora
+from models.lora import Lora, LoraDoesNotFit
 from models.probe import strip_prefixes
 from models.request import LoraUse
-from models.spec import WeightsDamaged
 
 # The last groups of a key, and what they hold: the down- or the up-projection, or the scale.
 ENDINGS = (
@@ -30,10 +29,6 @@ ENDINGS = (
     (re.compile(r"[._]lora[._]up\.weight$"), "up"),
     (re.compile(r"\.alpha$"), "alpha"),
 )
-
-
-class LoraDoesNotFit(WeightsDamaged):
-    """A LoRA has keys for layers that the model does not have, or for none at all."""
 
 
 @dataclass

@@ -29,7 +29,7 @@ def client(cluster: Cluster) -> Client:
 
 @pytest.fixture(scope="module")
 def source(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A finished video: its id and its frames. An edit that names no background keeps its own."""
+    """A finished video: its id and its frames."""
     prompt = "a red circle moving right on a light background"
     video = cluster.client.create({"prompt": prompt, "seed": 1})
     finish(cluster.client, video["id"])
@@ -76,7 +76,7 @@ def test_an_edit_stays_near_its_source_and_costs_what_is_made(
             client,
             "edits",
             tmp_path / f"{strength}.mp4",
-            prompt="a blue square moving up",
+            prompt="a red circle moving right on a dark background",
             video=source["id"],
             strength=strength,
             seed=3,

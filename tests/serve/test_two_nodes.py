@@ -365,6 +365,8 @@ def test_a_request_goes_where_its_model_is(
 
     for request in requests:  # each replica comes to have one of them
         run(replicas, f"first {request.model}", request, conditioning)
+    # Serve's router hears now and then which replica has which model.
+    wait_until(lambda: all(describe(r)["models"] == [r.model] for r in requests), 30)
     homes = [describe(request) for request in requests]
     assert [home["models"] for home in homes] == [[request.model] for request in requests]
     assert homes[0]["ranks"] != homes[1]["ranks"]

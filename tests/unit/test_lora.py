@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from models.catalog import Model, load_model
 from models.checkpoint import model_revision
-from models.lora import Lora, load_lora
-from models.lora_layers import LoraDoesNotFit, LoraLayers
+from models.lora import Lora, LoraDoesNotFit, load_lora
+from models.lora_layers import LoraLayers
 from models.probe import Base, NotRecognised
 from models.request import InvalidRequest, LoraUse
 from models.spec import WeightsDamaged
