@@ -112,6 +112,7 @@ def write_config(folder: Path, large: Path) -> Path:
         {"path": str(large), "id": "large", "served_on": [{"tier": "local"}]}
     )
     arguments["tiers"][0]["torch_threads"] = NUM_THREADS
+    arguments["encoder"] = {"cache_bytes": 0}  # the plain process encodes every prompt anew
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

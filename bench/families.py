@@ -38,7 +38,6 @@ from training.random_families import (
 
 STEPS = 3  # a run's; the first one pays for what is done once
 ROUNDS = 5
-Steps = Callable[[], list[float]]
 
 
 @dataclass(frozen=True, slots=True)

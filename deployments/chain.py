@@ -92,8 +92,6 @@ def bind_chain(config: AppConfig) -> Application:
 def _read_offers(config: AppConfig) -> dict[str, Offer]:
     offers: dict[str, Offer] = {}
     loras = [load_lora(ROOT / entry.path, entry.id) for entry in config.loras]
-    if len({lora.id for lora in loras}) < len(loras):
-        raise ValueError("two LoRAs have the same id")
     for entry in config.models:
         model = load_model(ROOT / entry.path, entry.id)
         model = replace(model, loras=tuple(lora for lora in loras if lora.fits(model)))

@@ -182,6 +182,14 @@ class AppConfig(BaseModel, frozen=True, extra="forbid"):
         return self
 
     @model_validator(mode="after")
+    def _loras_have_names_of_their_own(self) -> Self:
+        ids = [lora.id for lora in self.loras]
+        for lora_id in ids:
+            if ids.count(lora_id) > 1:
+                raise ValueError(f"loras: two are called {lora_id!r}")
+        return self
+
+    @model_validator(mode="after")
     def _a_larger_tier_serves_the_same_models(self) -> Self:
         """And no circle of tiers hands a job round for ever."""
         larger = {tier.tier: tier.larger for tier in self.tiers if tier.larger is not None}

@@ -116,10 +116,6 @@ class Model:
             if fields.get(name) not in (None, "") and family not in families:
                 raise NotSupported(name, f"{name} means nothing to {family}")
         defaults = self.manifest.defaults.model_dump(exclude_none=True)
-        guidance = fields.get("guidance_scale", defaults["guidance_scale"])
-        if not self.spec.guidance and guidance != defaults["guidance_scale"]:
-            message = f"{self.id} takes no guidance_scale; true_cfg_scale guides it"
-            raise NotSupported("guidance_scale", message)
         if fields.get("motion_strength") is not None and family in SVD_FAMILIES:
             defaults.pop("motion_bucket_id", None)
             if fields.get("motion_bucket_id") is not None:
@@ -168,6 +164,9 @@ class Model:
 
     def _check_bounds(self, request: VideoRequest) -> None:
         manifest, spec = self.manifest, self.spec
+        if not spec.guidance and request.guidance_scale != manifest.defaults.guidance_scale:
+            message = f"{self.id} takes no guidance_scale; true_cfg_scale guides it"
+            raise NotSupported("guidance_scale", message)
         if not manifest.min_frames <= request.num_frames <= self.max_frames:
             raise InvalidRequest(
                 "num_frames",

@@ -103,7 +103,7 @@ def read_changes(
     for key, tensor in load_file(lora.path).items():
         module, part = _split(key)
         targets = names.get(module)
-        if targets is None:
+        if targets is None or part is None:
             unknown.append(key)
             continue
         change = found.setdefault(targets, Change())
@@ -111,25 +111,32 @@ def read_changes(
     if unknown or not found:
         named = ", ".join(sorted(unknown)[:3]) or "it has no layer at all"
         raise LoraDoesNotFit(str(lora.path), f"{len(unknown)} keys fit no layer: {named}")
-    changes = {}
+    changes: dict[str, tuple[Tensor, Tensor]] = {}
     for targets, change in found.items():
         if change.down is None or change.up is None:
             raise LoraDoesNotFit(str(lora.path), f"half of {targets[0]} is missing")
-        for name, down, up in _taken_apart(targets, change.down, change.up, layers):
-            scale = 1.0 if change.alpha is None else change.alpha / down.shape[0]
-            changes[name] = (down, up * scale)
-            _check_shape(lora, name, layers[name], down, up)
+        scale = 1.0 if change.alpha is None else change.alpha / len(change.down)
+        sizes = [_num_outputs(layers[name]) for name in targets]
+        if len(change.up) != sum(sizes):
+            told = f"{tuple(change.up.shape)} is not for {' and '.join(targets)} of {sizes} rows"
+            raise LoraDoesNotFit(str(lora.path), told)
+        # all share the down-projection, and have rows of the up-projection
+        for name, up in zip(targets, change.up.split(sizes), strict=True):
+            if name in changes:
+                raise LoraDoesNotFit(str(lora.path), f"{name} is changed by two of its layers")
+            _check_shape(lora, name, layers[name], change.down, up)
+            changes[name] = (change.down, up.contiguous() * scale)
     return changes
 
 
-def _split(key: str) -> tuple[str, str]:
-    """The layer's name as the file has it, and what of it the key is."""
+def _split(key: str) -> tuple[str, str | None]:
+    """The layer's name as the file has it, and what of it the key is; None: nothing known."""
     key = strip_prefixes(key)
     for ending, part in ENDINGS:
         if match := ending.search(key):
             # old MotionLoRAs were of attention processors
             return key[: match.start()].replace(".processor.", "."), part
-    return key, ""
+    return key, None
 
 
 def _names_of(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, tuple[str, ...]]:
@@ -180,18 +187,6 @@ def _original_hunyuan(
         yield f"{old}.self_attn_proj", (f"{new}.attn.to_out.0",)
         yield f"{old}.mlp.fc1", (f"{new}.ff.net.0.proj",)
         yield f"{old}.mlp.fc2", (f"{new}.ff.net.2",)
-
-
-def _taken_apart(
-    targets: tuple[str, ...], down: Tensor, up: Tensor, layers: dict[str, nn.Module]
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Each layer's part: all share the down-projection, and have rows of the up-projection."""
-    sizes = [_num_outputs(layers[name]) for name in targets]
-    if len(targets) > 1 and sum(sizes) == up.shape[0]:
-        for name, rows in zip(targets, up.split(sizes), strict=True):
-            yield name, down, rows.contiguous()
-    else:
-        yield targets[0], down, up
 
 
 def _num_outputs(layer: Any) -> int:

@@ -125,7 +125,7 @@ def _z_image_video(folder: Path) -> FamilySpec:
     transformer = _config(folder, "transformer", "all_f_patch_size", "all_patch_size")
     patch = transformer["all_patch_size"][0]
     f_patch_sizes = tuple(transformer["all_f_patch_size"])
-    if read_json(folder / "vae" / "config.json").get("_class_name") == "AutoencoderKL":
+    if has_image_vae(folder):
         scale = _image_vae_scale(folder)  # an image model's, frame by frame
         return FamilySpec(
             f_patch_sizes=f_patch_sizes,
@@ -196,6 +196,11 @@ def _hunyuan_video(folder: Path) -> FamilySpec:
         dropped_frames=vae["temporal_compression_ratio"] if condition == "latent_concat" else 0,
         guidance=bool(transformer.get("guidance_embeds", False)),
     )
+
+
+def has_image_vae(folder: Path) -> bool:
+    """Whether the VAE is an image model's, which works frame by frame."""
+    return _config(folder, "vae").get("_class_name") == "AutoencoderKL"
 
 
 def has_whole_motion_unet(folder: Path) -> bool:

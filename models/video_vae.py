@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models.catalog import Model
 from models.conditioning import FloatArray
+from models.spec import has_image_vae
 from models.tiles import Box
 from models.weights import choose_device, choose_dtype, load_component
 
@@ -30,7 +31,7 @@ class VideoVae(Protocol):
 
 def load_video_vae(model: Model, half: Half) -> VideoVae:
     """One half of the VAE, of the class that its configuration names."""
-    return (WanVae if model.spec.frame_stride > 1 else ImageVae)(model, half)
+    return (ImageVae if has_image_vae(model.folder) else WanVae)(model, half)
 
 
 def _load(kind: Any, model: Model, half: Half) -> Any:

@@ -235,6 +235,15 @@ def test_what_has_no_effect_is_warned_of_and_tags_are_kept(door: Door, alice: Ac
     assert (video["tags"], video["user"], video["motion_strength"]) == (["a", "b"], "u1", 0.7)
 
 
+@pytest.mark.parametrize(("guidance_scale", "warned"), [(1.0, True), (2.0, False)])
+def test_a_negative_prompt_without_guidance_is_warned_of(
+    door: Door, alice: Account, guidance_scale: float, warned: bool
+) -> None:
+    body = {"prompt": "x", "negative_prompt": "grey", "guidance_scale": guidance_scale}
+    warnings = door.as_account()("POST", "/v1/videos", json=body).json()["warnings"]
+    assert warnings == ["negative_prompt has no effect without guidance"] * warned
+
+
 @pytest.mark.parametrize(
     ("fields", "status"),
     [

@@ -47,6 +47,8 @@ def test_every_deployment_has_its_resources(tmp_path: Path, monkeypatch: Any) ->
         ({"tiers": [{"tier": "h100"}]}, "tier"),
         ({"tiers": [{"tier": "t4"}]}, "local"),
         ({"leases": {"lease_s": 0}}, "lease_s"),
+        ({"loras": [{"id": "ink", "path": "a"}, {"id": "ink", "path": "b"}]}, "two are called"),
+        ({"operation": {"territories": ["UK"]}}, "territories"),
         ({"tiers": [{"tier": "local", "larger": "local"}]}, "local -> local"),
         ({"tiers": [{"tier": "local", "larger": "a100"}]}, "not served on a100"),
         ({"tiers": [{"tier": "local", "denoiser": {"degrees": [2], "degree": 2}}]}, "degree"),

@@ -20,6 +20,7 @@ from models.spec import WeightsDamaged
 from models.stages import load_denoiser
 
 RANK = 2
+SINGLE = "transformer.single_transformer_blocks.0"
 Tensors = dict[str, Tensor]
 
 
@@ -173,21 +174,52 @@ def test_several_add_up_and_each_request_has_its_own(
     [
         (
             {
-                "transformer.single_transformer_blocks.9.proj_out.lora_A.weight": torch.zeros(2, 4),
-                "transformer.single_transformer_blocks.9.proj_out.lora_B.weight": torch.zeros(4, 2),
+                f"{SINGLE[:-1]}9.proj_out.lora_A.weight": torch.zeros(2, 4),
+                f"{SINGLE[:-1]}9.proj_out.lora_B.weight": torch.zeros(4, 2),
             },
             "fit no layer",
         ),
         (
-            {"transformer.single_transformer_blocks.0.proj_out.lora_A.weight": torch.zeros(2, 4)},
+            {f"{SINGLE}.proj_out.lora_A.weight": torch.zeros(2, 4)},
             "half of",
         ),
         (
             {
-                "transformer.single_transformer_blocks.0.proj_out.lora_A.weight": torch.zeros(2, 4),
-                "transformer.single_transformer_blocks.0.proj_out.lora_B.weight": torch.zeros(4, 2),
+                f"{SINGLE}.proj_out.lora_A.weight": torch.zeros(2, 4),
+                f"{SINGLE}.proj_out.lora_B.weight": torch.zeros(4, 2),
+            },
+            "is not for",
+        ),
+        (
+            {
+                f"{SINGLE}.proj_out.lora_A.weight": torch.zeros(2, 4),
+                f"{SINGLE}.proj_out.lora_B.weight": torch.zeros(32, 2),
             },
             "can't be changed by",
+        ),
+        (
+            {  # rows of one of the three: not for the query alone
+                "double_blocks.0.img_attn_qkv.lora_A.weight": torch.zeros(2, 32),
+                "double_blocks.0.img_attn_qkv.lora_B.weight": torch.zeros(32, 2),
+            },
+            "is not for",
+        ),
+        (
+            {
+                "double_blocks.0.img_attn_qkv.lora_A.weight": torch.zeros(2, 32),
+                "double_blocks.0.img_attn_qkv.lora_B.weight": torch.zeros(96, 2),
+                "transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(2, 32),
+                "transformer_blocks.0.attn.to_q.lora_B.weight": torch.zeros(32, 2),
+            },
+            "changed by two",
+        ),
+        (
+            {
+                "transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(2, 32),
+                "transformer_blocks.0.attn.to_q.lora_B.weight": torch.zeros(32, 2),
+                "transformer_blocks.0.attn.to_q": torch.zeros(32),
+            },
+            "fit no layer",
         ),
     ],
 )
