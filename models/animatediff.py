@@ -4,7 +4,7 @@ Follows `diffusers.AnimateDiffPipeline` (Guo et al., arXiv:2307.04725), and to c
 `AnimateDiffVideoToVideoPipeline`, from the mode of the VAE's posterior rather than a sample of it.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,14 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from models.catalog import Model
 from models.conditioning import AnimateDiffConditioning, FloatArray
-from models.denoise import first_step
+from models.denoise import first_step, guide
 from models.embeddings import Embeddings, digest, no_embeddings
-from models.frame_unet import FrameUnet, guide
+from models.frame_unet import FrameUnet
 from models.lora_layers import LoraLayers
 from models.request import VideoRequest
 from models.schedulers import DiffusionSchedules, advance, begin_at
 from models.spec import has_whole_motion_unet
+from models.stages import OneAtATime
 from models.start_image import pad_frames
 from models.tensors import DenoiseState, Frames
 from models.tiles import stream_frames
@@ -108,7 +109,7 @@ class AnimateDiffEncoder:
         return latents
 
 
-class AnimateDiffDenoiser:
+class AnimateDiffDenoiser(OneAtATime[AnimateDiffConditioning]):
     """Classifier-free guidance over a UNet whose motion modules see all frames."""
 
     def __init__(self, model: Model) -> None:
@@ -130,12 +131,10 @@ class AnimateDiffDenoiser:
     @torch.inference_mode()
     def start(self, request: VideoRequest, conditioning: AnimateDiffConditioning) -> DenoiseState:
         """Noise from the seed alone; a source video with as much of it as `strength` says."""
-        width, height = self.model.spec.generated_size(request.width, request.height)
-        scale = self.model.spec.latent_scale
-        shape = (1, self.unet.unet.config.in_channels, request.num_frames)
+        channels = self.unet.unet.config.in_channels
+        shape = (1, channels, *self.model.spec.latent_size(request))
         generator = torch.Generator("cpu").manual_seed(request.seed)
-        noise = torch.randn((*shape, height // scale, width // scale), generator=generator)
-        noise = noise.to(self.device)
+        noise = torch.randn(shape, generator=generator).to(self.device)
         schedule = self.schedules.schedule(request, self.device)
         first = 0
         if conditioning.source_latents is None:
@@ -146,25 +145,11 @@ class AnimateDiffDenoiser:
             latents = schedule.add_noise(source, noise, schedule.timesteps[first : first + 1])
         return DenoiseState(latents, first, request.num_steps, generator.get_state())
 
+    @torch.inference_mode()
     def step(
         self, request: VideoRequest, conditioning: AnimateDiffConditioning, state: DenoiseState
     ) -> DenoiseState:
         """One step."""
-        return self.step_all([request], [conditioning], [state])[0]
-
-    def batch(self, request: VideoRequest) -> Hashable | None:
-        """Every request makes its steps alone."""
-        return None
-
-    @torch.inference_mode()
-    def step_all(
-        self,
-        requests: Sequence[VideoRequest],
-        conditionings: Sequence[AnimateDiffConditioning],
-        states: Sequence[DenoiseState],
-    ) -> list[DenoiseState]:
-        """One step of the only request."""
-        ((request, told, state),) = zip(requests, conditionings, states, strict=True)
         self.loras.use(request.loras)
         schedule = self.schedules.schedule(request, self.device)
         timestep = begin_at(schedule, state.step)
@@ -180,10 +165,9 @@ class AnimateDiffDenoiser:
             ).sample
             return noise
 
-        texts = [told.positive] if told.negative is None else [told.negative, told.positive]
-        predicted = self.unet.predict(texts, request.num_frames, call, frame_dim=2)
+        predicted = self.unet.predict(conditioning.texts, request.num_frames, call, frame_dim=2)
         guided = guide(predicted, request.guidance_scale)
-        return [advance(schedule, guided, timestep, state.latents, state)]
+        return advance(schedule, guided, timestep, state.latents, state)
 
 
 class AnimateDiffDecoder:

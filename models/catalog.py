@@ -1,6 +1,5 @@
 """What a deployed model is: its folder, its manifest and the sizes that it can generate."""
 
-import hashlib
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from pydantic import BaseModel, Field, ValidationError
 
 from models.families import FIELDS_OF_FAMILIES, LCM_STEPS, SVD_FAMILIES
 from models.request import InvalidRequest, ModelFamily, NotSupported, Scheduler, VideoRequest
-from models.safetensors_header import read_header
 from models.spec import (
     LAYOUTS,
     FamilySpec,
@@ -21,12 +19,11 @@ from models.spec import (
     read_json,
 )
 from models.territories import Territory
+from models.weight_files import check_weight_files, sha256_of
 
 if TYPE_CHECKING:
     from models.lora import Lora
 
-PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-CHUNK_BYTES = 1 << 20
 IMAGE_TOKEN = "<image>"
 
 
@@ -213,35 +210,14 @@ def load_model(folder: Path, model_id: str | None = None) -> Model:
 
 
 def _check_files(folder: Path, sha256: dict[str, str], components: tuple[str, ...]) -> None:
-    """Every listed file is there and unchanged, every safetensors file whole, nothing pickled."""
+    """Every listed file is there and unchanged, every component has weights, all are whole."""
     for name, digest in sha256.items():
         path = folder / name
         if not path.is_file():
             raise WeightsMissing(str(path))
-        if _digest(path) != digest:
+        if sha256_of(path) != digest:
             raise WeightsDamaged(str(path), "its SHA-256 is not the manifest's")
     for component in components:
         if not list((folder / component).glob("*.safetensors")):
             raise WeightsMissing(str(folder / component / "*.safetensors"))
-    _check_shards(folder)
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in PICKLE_SUFFIXES:
-            raise WeightsDamaged(str(path), "pickled weights are refused; use safetensors")
-        if path.suffix == ".safetensors":
-            read_header(path)
-
-
-def _check_shards(folder: Path) -> None:
-    """Every file that a component's index names is there."""
-    for index in sorted(folder.glob("*/*.safetensors.index.json")):
-        for name in sorted({*map(str, read_json(index).get("weight_map", {}).values())}):
-            if not (index.parent / name).is_file():
-                raise WeightsMissing(str(index.parent / name))
-
-
-def _digest(path: Path) -> str:
-    hasher = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            hasher.update(chunk)
-    return hasher.hexdigest()
+    check_weight_files(folder)

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from models.probe import Found, NotRecognised, find_all, probe
-from models.safetensors_header import read_header
 from models.spec import WeightsDamaged, WeightsMissing
 
 AT_FAULT, UNKNOWN = 1, 2
@@ -66,16 +65,11 @@ def _probe(path: Path) -> None:
 def _validate(path: Path) -> None:
     """Of a deployable folder all that a deploy checks; of others, that they are whole and known."""
     found = probe(path)
-    if path.is_dir():
-        weights = sorted(path.rglob("*.safetensors"))
-        if not weights:
-            raise WeightsMissing(str(path / "*.safetensors"))
-        for file in weights:
-            read_header(file)
-    if not (path / "manifest.json").is_file():
-        print(f"{path}: whole, a {found.base} {found.type}; no manifest.json, so not deployable")
-    else:
-        print(f"{path}: whole, a {found.base} {found.type}; deployable")
+    if path.is_dir() and not any(path.rglob("*.safetensors")):
+        raise WeightsMissing(str(path / "*.safetensors"))
+    has_manifest = (path / "manifest.json").is_file()
+    use = "deployable" if has_manifest else "no manifest.json, so not deployable"
+    print(f"{path}: whole, a {found.base} {found.type}; {use}")
 
 
 def _list(path: Path) -> None:

@@ -1,7 +1,7 @@
 """What each family's denoiser is told: numpy arrays, so that no torch is needed to pass them on."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,26 @@ class Conditioning(Protocol):
         ...
 
 
+class Guided:
+    """Of those that have a positive text and, with classifier-free guidance, a negative one."""
+
+    __slots__ = ()
+    positive: Any
+    negative: Any
+
+    @property
+    def num_texts(self) -> int:
+        """How many a step predicts with."""
+        return 1 if self.negative is None else 2
+
+    @property
+    def texts(self) -> list[Any]:
+        """The negative one first, as diffusers' pipelines have them in a batch."""
+        return [self.positive] if self.negative is None else [self.negative, self.positive]
+
+
 @dataclass(frozen=True, slots=True)
-class ZImageConditioning:
+class ZImageConditioning(Guided):
     """Text states [N, D], positive and negative.
 
     start_latents: [C, 1, H, W], the start frame's normalised latents, if there is one;
@@ -37,14 +55,9 @@ class ZImageConditioning:
     source_latents: FloatArray | None
     num_tokens: int
 
-    @property
-    def num_texts(self) -> int:
-        """How many a step predicts with."""
-        return 1 if self.negative is None else 2
-
 
 @dataclass(frozen=True, slots=True)
-class AnimateDiffConditioning:
+class AnimateDiffConditioning(Guided):
     """CLIP's states [77, D] of the positive and the negative text.
 
     source_latents: [C, F, H, W] of a video that is to be changed, scaled as the UNet has them.
@@ -54,11 +67,6 @@ class AnimateDiffConditioning:
     negative: FloatArray | None
     source_latents: FloatArray | None
     num_tokens: int
-
-    @property
-    def num_texts(self) -> int:
-        """How many a step predicts with."""
-        return 1 if self.negative is None else 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +98,7 @@ class HunyuanText:
 
 
 @dataclass(frozen=True, slots=True)
-class HunyuanConditioning:
+class HunyuanConditioning(Guided):
     """The texts; of image-to-video those that have seen the start image, and its latents,
     [C, 1, H, W].
     """
@@ -99,8 +107,3 @@ class HunyuanConditioning:
     negative: HunyuanText | None
     start_latents: FloatArray | None
     num_tokens: int
-
-    @property
-    def num_texts(self) -> int:
-        """How many a step predicts with."""
-        return 1 if self.negative is None else 2

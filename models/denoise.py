@@ -1,9 +1,10 @@
 """The denoise loop: a generator, so that whoever drives it sees, counts and may stop each step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models.conditioning import Conditioning
 from models.request import VideoRequest
@@ -28,6 +29,17 @@ def first_step(request: VideoRequest) -> int:
     if request.strength is None:
         return 0
     return request.num_steps - max(1, round(request.num_steps * request.strength))
+
+
+def guide(predicted: Sequence[Tensor], scale: float | Tensor) -> Tensor:
+    """negative + scale * (positive - negative) in float32, of [negative, positive] or [positive].
+
+    Classifier-free guidance (arXiv:2207.12598).
+    """
+    *negative, positive = (prediction.float() for prediction in predicted)
+    if not negative:
+        return positive
+    return negative[0] + scale * (positive - negative[0])
 
 
 def park(state: DenoiseState) -> ParkedState:

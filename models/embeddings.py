@@ -60,9 +60,13 @@ class Embeddings:
         found = self.cache.find((self.model_id, key))
         if found is None:
             found = make()
-            self.num_made += 1
+            self.note_pass()
             self.cache.keep((self.model_id, key), found)
         return found
+
+    def note_pass(self) -> None:
+        """An encoder's pass whose result is of no use to others."""
+        self.num_made += 1
 
 
 def digest(content: bytes | NDArray[Any]) -> bytes:

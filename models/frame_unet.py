@@ -75,14 +75,3 @@ class FrameUnet:
             temporal_bytes=shape.temporal_bytes * bytes_share,
             halo_bytes=shape.halo_bytes * bytes_share,
         )
-
-
-def guide(predicted: Sequence[Tensor], scale: "float | Tensor") -> Tensor:
-    """negative + scale * (positive - negative) in float32, of [negative, positive] or [positive].
-
-    Classifier-free guidance (arXiv:2207.12598).
-    """
-    *negative, positive = (prediction.float() for prediction in predicted)
-    if not negative:
-        return positive
-    return negative[0] + scale * (positive - negative[0])

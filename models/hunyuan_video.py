@@ -5,7 +5,7 @@ arXiv:2412.03603), but texts are trimmed to their tokens, so that attention need
 """
 
 import copy
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -33,10 +33,12 @@ from transformers import (
 
 from models.catalog import Model
 from models.conditioning import FloatArray, HunyuanConditioning, HunyuanText
+from models.denoise import guide
 from models.embeddings import Embeddings, digest, no_embeddings
 from models.lora_layers import LoraLayers
 from models.request import VideoRequest
 from models.spec import Use, read_json
+from models.stages import OneAtATime
 from models.start_image import padded_image
 from models.tensors import DenoiseState, Frames
 from models.tiles import stream_frames
@@ -154,7 +156,7 @@ class HunyuanVideoEncoder:
         return scaled
 
 
-class HunyuanVideoDenoiser:
+class HunyuanVideoDenoiser(OneAtATime[HunyuanConditioning]):
     """Flow matching; guidance is an input of the transformer, true_cfg_scale the classic one."""
 
     def __init__(self, model: Model) -> None:
@@ -179,7 +181,7 @@ class HunyuanVideoDenoiser:
 
     def shape(self, request: VideoRequest, num_texts: int) -> TokenShape:
         """What a step of the request costs, from the transformer's own configuration."""
-        frames, height, width = self._latent_size(request)
+        frames, height, width = self.model.spec.latent_size(request)
         config = self.transformer.config
         dim = config.num_attention_heads * config.attention_head_dim
         patches = (height // config.patch_size) * (width // config.patch_size)
@@ -202,7 +204,7 @@ class HunyuanVideoDenoiser:
     def start(self, request: VideoRequest, conditioning: HunyuanConditioning) -> DenoiseState:
         """Noise from the seed alone; with a start image, a thousandth of it in every frame."""
         generator = torch.Generator("cpu").manual_seed(request.seed)
-        shape = (1, self._num_channels, *self._latent_size(request))
+        shape = (1, self._num_channels, *self.model.spec.latent_size(request))
         latents = torch.randn(shape, generator=generator).to(self.device)
         start = self._start_latents(conditioning)
         if start is not None:
@@ -210,30 +212,16 @@ class HunyuanVideoDenoiser:
             latents = latents * share + start * (1 - share)
         return DenoiseState(latents, 0, request.num_steps, generator.get_state())
 
+    @torch.inference_mode()
     def step(
         self, request: VideoRequest, conditioning: HunyuanConditioning, state: DenoiseState
     ) -> DenoiseState:
         """One Euler step."""
-        return self.step_all([request], [conditioning], [state])[0]
-
-    def batch(self, request: VideoRequest) -> Hashable | None:
-        """Every request makes its steps alone."""
-        return None
-
-    @torch.inference_mode()
-    def step_all(
-        self,
-        requests: Sequence[VideoRequest],
-        conditionings: Sequence[HunyuanConditioning],
-        states: Sequence[DenoiseState],
-    ) -> list[DenoiseState]:
-        """One Euler step of the only request."""
-        ((request, told, state),) = zip(requests, conditionings, states, strict=True)
         self.loras.use(request.loras)
         scheduler = self._schedule(request)
         scheduler.set_begin_index(state.step)
         timestep = scheduler.timesteps[state.step]
-        start = self._start_latents(told)
+        start = self._start_latents(conditioning)
         seen = self._with_start(state.latents, start)
         guidance = None
         if self.transformer.config.guidance_embeds:
@@ -255,13 +243,10 @@ class HunyuanVideoDenoiser:
                 guidance=guidance,
                 return_dict=False,
             )[0]
-            return velocity.float()
+            return velocity
 
-        texts = [told.positive] if told.negative is None else [told.negative, told.positive]
-        *negative, velocity = predict_each(self.mesh.guidance, texts, predict)
-        if negative:
-            scale = request.true_cfg_scale or 1.0
-            velocity = negative[0] + scale * (velocity - negative[0])
+        predicted = predict_each(self.mesh.guidance, conditioning.texts, predict)
+        velocity = guide(predicted, request.true_cfg_scale or 1.0)
         if start is not None and self.condition == "token_replace":
             stepped = scheduler.step(
                 velocity[:, :, 1:], timestep, state.latents[:, :, 1:], return_dict=False
@@ -269,21 +254,13 @@ class HunyuanVideoDenoiser:
             latents = torch.cat([start, stepped], dim=2)
         else:
             latents = scheduler.step(velocity, timestep, state.latents, return_dict=False)[0]
-        return [replace(state, latents=latents, step=state.step + 1)]
+        return replace(state, latents=latents, step=state.step + 1)
 
     @property
     def _num_channels(self) -> int:
         """Of the latents; a concatenated start image adds as many, and a mask."""
         channels: int = self.transformer.config.in_channels
         return (channels - 1) // 2 if self.condition == "latent_concat" else channels
-
-    def _latent_size(self, request: VideoRequest) -> tuple[int, int, int]:
-        """Latent frames, height and width."""
-        spec = self.model.spec
-        width, height = spec.generated_size(request.width, request.height)
-        frames = spec.generated_frames(request.num_frames, request.f_patch_size)
-        latent_frames = (frames - 1) // spec.frame_stride + 1
-        return latent_frames, height // spec.latent_scale, width // spec.latent_scale
 
     def _schedule(self, request: VideoRequest) -> FlowMatchEulerDiscreteScheduler:
         scheduler = copy.deepcopy(self.scheduler)
@@ -293,11 +270,11 @@ class HunyuanVideoDenoiser:
         scheduler.set_timesteps(sigmas=sigmas, device=self.device)
         return scheduler
 
-    def _start_latents(self, told: HunyuanConditioning) -> Tensor | None:
+    def _start_latents(self, conditioning: HunyuanConditioning) -> Tensor | None:
         """[1, C, 1, H, W]"""
-        if told.start_latents is None:
+        if conditioning.start_latents is None:
             return None
-        return torch.tensor(told.start_latents, device=self.device)[None]
+        return torch.tensor(conditioning.start_latents, device=self.device)[None]
 
     def _with_start(self, latents: Tensor, start: Tensor | None) -> Tensor:
         """What the transformer sees: latents, and the start image beside or in place of some."""

@@ -4,7 +4,6 @@ A token of k latent frames sees their mean and answers the same for each of them
 clip is what the image model makes of its frame; nothing in it has learnt to move.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from models.catalog import load_model
 from models.probe import Base, ModelType, NotRecognised, probe
 from models.request import ModelFamily
 from models.spec import WeightsDamaged
+from models.weight_files import check_sums
 
 F_PATCH_SIZES = (1, 2, 4)
 COPIED = ("vae", "text_encoder", "tokenizer", "scheduler")
@@ -44,7 +44,7 @@ def inflate(source: Path, target: Path, licence: str) -> None:
         inflate_transformer(_load(source / "transformer")).save_pretrained(partial / "transformer")
         for part in COPIED:
             shutil.copytree(source / part, partial / part)
-        manifest = _manifest(found.details.get("variant", "base"), licence, _check_sums(partial))
+        manifest = _manifest(found.details.get("variant", "base"), licence, check_sums(partial))
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         load_model(partial)
         partial.rename(target)
@@ -97,15 +97,6 @@ def _load(folder: Path) -> Any:
     if list(model.config.all_f_patch_size) != [1]:
         raise NotRecognised(folder, "its transformer has temporal patches already")
     return model
-
-
-def _check_sums(folder: Path) -> dict[str, str]:
-    sums = {}
-    for path in sorted(folder.glob("*/*")):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        sums[str(path.relative_to(folder))] = digest
-    return sums
 
 
 def _manifest(variant: str, licence: str, sha256: dict[str, str]) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """LoRA files that an operator has put beside a model: what they are for, and who asks for which."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from models.catalog import Model
 from models.probe import FAMILY_BASES, Base, ModelType, probe
 from models.spec import WeightsDamaged
+from models.weight_files import sha256_of
 
 
 class LoraDoesNotFit(WeightsDamaged):
@@ -34,6 +34,4 @@ def load_lora(path: Path, lora_id: str) -> Lora:
     found = probe(path)
     if found.type is not ModelType.LORA:
         raise WeightsDamaged(str(path), f"it is a {found.base} {found.type}, not a LoRA")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Lora(lora_id, path, found.base, digest, path.stat().st_size)
+    return Lora(lora_id, path, found.base, sha256_of(path), path.stat().st_size)

@@ -11,10 +11,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from models.catalog import PICKLE_SUFFIXES, load_model
+from models.catalog import load_model
 from models.request import ModelFamily
 from models.safetensors_header import Header, read_header
 from models.spec import WeightsDamaged, WeightsMissing, read_json
+from models.weight_files import PICKLE_SUFFIXES, check_weight_files, refuse_pickle
 
 
 class ModelType(StrEnum):
@@ -123,8 +124,7 @@ def probe(path: Path) -> Found:
         raise NotRecognised(path, "there is nothing")
     if path.is_dir():
         return _probe_folder(path)
-    if path.suffix in PICKLE_SUFFIXES:
-        raise WeightsDamaged(str(path), "pickled weights are refused; use safetensors")
+    refuse_pickle(path)
     if path.suffix != ".safetensors":
         raise NotRecognised(path, "neither a folder nor a safetensors file")
     return _probe_file(path, read_header(path))
@@ -152,25 +152,20 @@ def _probe_folder(folder: Path) -> Found:
             details["f_patch_sizes"] = list(model.spec.f_patch_sizes)
         details |= {"vae": manifest.vae, "licence": manifest.licence}
         return Found(folder, ModelType.MAIN, FAMILY_BASES[manifest.family], details)
-    _refuse_pickles(folder)
     if (folder / "model_index.json").is_file():
+        check_weight_files(folder)
         name = read_json(folder / "model_index.json").get("_class_name")
         if name not in PIPELINES:
             raise NotRecognised(folder, f"a pipeline of the class {name}")
         return Found(folder, ModelType.MAIN, PIPELINES[name], _pipeline_details(folder, name))
     if (folder / "config.json").is_file():
+        check_weight_files(folder)
         name = read_json(folder / "config.json").get("_class_name")
         if name not in COMPONENTS:
             raise NotRecognised(folder, f"a component of the class {name}")
         kind, base = COMPONENTS[name]
         return Found(folder, kind, base, {"class": name})
     raise NotRecognised(folder, "neither manifest.json, model_index.json nor config.json is there")
-
-
-def _refuse_pickles(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in PICKLE_SUFFIXES:
-            raise WeightsDamaged(str(path), "pickled weights are refused; use safetensors")
 
 
 def _pipeline_details(folder: Path, name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from models.request import ModelFamily, Scheduler
+from models.request import ModelFamily, Scheduler, VideoRequest
 
 SCHEDULER_CLASSES = {
     "DDIMScheduler": Scheduler.DDIM,
@@ -84,6 +84,13 @@ class FamilySpec:
         """The least size >= the asked one that the model can generate."""
         multiple = self.size_multiple
         return -(-width // multiple) * multiple, -(-height // multiple) * multiple
+
+    def latent_size(self, request: VideoRequest) -> tuple[int, int, int]:
+        """Frames, height and width of the latents that a request is generated from."""
+        width, height = self.generated_size(request.width, request.height)
+        frames = self.generated_frames(request.num_frames, request.f_patch_size)
+        latent_frames = (frames - 1) // self.frame_stride + 1
+        return latent_frames, height // self.latent_scale, width // self.latent_scale
 
 
 @dataclass(frozen=True, slots=True)

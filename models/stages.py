@@ -1,8 +1,9 @@
 """The contract between the stages, and the one place that knows which file runs a family."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +74,28 @@ class Denoiser(Protocol[Told]):
         than one request of a family that has no batches.
         """
         ...
+
+
+class OneAtATime(ABC, Generic[Told]):
+    """A denoiser whose requests never share a step: no more than `step` is its own."""
+
+    def batch(self, request: VideoRequest) -> Hashable | None:
+        """Every request makes its steps alone."""
+        return None
+
+    def step_all(
+        self,
+        requests: Sequence[VideoRequest],
+        conditionings: Sequence[Told],
+        states: Sequence[DenoiseState],
+    ) -> list[DenoiseState]:
+        """One step of the only request."""
+        ((request, told, state),) = zip(requests, conditionings, states, strict=True)
+        return [self.step(request, told, state)]
+
+    @abstractmethod
+    def step(self, request: VideoRequest, conditioning: Told, state: DenoiseState) -> DenoiseState:
+        """One step on."""
 
 
 class Decoder(Protocol):

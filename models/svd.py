@@ -4,7 +4,7 @@ Follows `diffusers.StableVideoDiffusionPipeline` (Blattmann et al., arXiv:2311.1
 comes in twice, as CLIP's embedding and as latents beside those of every frame.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,11 +25,13 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from models.catalog import Model
 from models.conditioning import FloatArray, SvdConditioning
+from models.denoise import guide
 from models.embeddings import Embeddings, digest, no_embeddings
-from models.frame_unet import FrameUnet, guide
+from models.frame_unet import FrameUnet
 from models.lora_layers import LoraLayers
 from models.request import VideoRequest
 from models.schedulers import DiffusionSchedules, advance, begin_at
+from models.stages import OneAtATime
 from models.start_image import padded_image
 from models.tensors import DenoiseState, Frames
 from models.tiles import stream_frames
@@ -89,7 +91,7 @@ class SvdEncoder:
         noise = randn_tensor(pixels.shape, generator=generator, device=self.device)
         pixels = pixels + _noise_aug_strength(request) * noise
         latents = self.pipeline._encode_vae_image(pixels, self.device, 1, False)
-        kept.num_made += 1
+        kept.note_pass()
         return SvdConditioning(
             embedding=embedding,
             latents=latents[0].float().cpu().numpy(),
@@ -104,7 +106,7 @@ class SvdEncoder:
         return read
 
 
-class SvdDenoiser:
+class SvdDenoiser(OneAtATime[SvdConditioning]):
     """Euler steps on velocity prediction; guidance grows from the first frame to the last."""
 
     def __init__(self, model: Model) -> None:
@@ -138,33 +140,19 @@ class SvdDenoiser:
         latents = (noise.to(self.device) * schedule.init_noise_sigma).transpose(1, 2)
         return DenoiseState(latents.contiguous(), 0, request.num_steps, generator.get_state())
 
+    @torch.inference_mode()
     def step(
         self, request: VideoRequest, conditioning: SvdConditioning, state: DenoiseState
     ) -> DenoiseState:
         """One Euler step."""
-        return self.step_all([request], [conditioning], [state])[0]
-
-    def batch(self, request: VideoRequest) -> Hashable | None:
-        """Every request makes its steps alone."""
-        return None
-
-    @torch.inference_mode()
-    def step_all(
-        self,
-        requests: Sequence[VideoRequest],
-        conditionings: Sequence[SvdConditioning],
-        states: Sequence[DenoiseState],
-    ) -> list[DenoiseState]:
-        """One Euler step of the only request."""
-        ((request, told, state),) = zip(requests, conditionings, states, strict=True)
         self.loras.use(request.loras)
         schedule = self.schedules.schedule(request, self.device)
         timestep = begin_at(schedule, state.step)
         latents = state.latents.transpose(1, 2)  # [1, F, C, H, W], as the UNet has them
         scaled = schedule.scale_model_input(latents, timestep)
-        image = torch.tensor(told.latents, device=self.device)
+        image = torch.tensor(conditioning.latents, device=self.device)
         image = image.expand(1, request.num_frames, *image.shape)
-        embedding = torch.tensor(told.embedding, dtype=self.dtype, device=self.device)[None]
+        embedding = torch.tensor(conditioning.embedding, dtype=self.dtype, device=self.device)[None]
         added = [request.fps - 1, _motion_bucket(request), _noise_aug_strength(request)]
         added_ids = torch.tensor([added], dtype=self.dtype, device=self.device)
 
@@ -182,14 +170,14 @@ class SvdDenoiser:
             )[0]
             return velocity
 
-        sees_image = [False, True] if told.guided else [True]
+        sees_image = [False, True] if conditioning.guided else [True]
         predicted = self.unet.predict(sees_image, request.num_frames, call, frame_dim=1)
         scales = torch.linspace(
             _min_guidance_scale(request), request.guidance_scale, request.num_frames
         ).to(self.device)
         guided = guide(predicted, scales[None, :, None, None, None])
         made = advance(schedule, guided, timestep, latents, state)
-        return [replace(made, latents=made.latents.transpose(1, 2).contiguous())]
+        return replace(made, latents=made.latents.transpose(1, 2).contiguous())
 
 
 class SvdDecoder:

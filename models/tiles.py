@@ -85,9 +85,8 @@ class TileGrid:
 
 def tile_grid(model: Model, request: VideoRequest) -> TileGrid:
     """The tiles of a request's frames."""
-    width, height = model.spec.generated_size(request.width, request.height)
-    scale = model.spec.latent_scale
-    return TileGrid(height // scale, width // scale, scale, model.spec.pixel_patch)
+    _, height, width = model.spec.latent_size(request)
+    return TileGrid(height, width, model.spec.latent_scale, model.spec.pixel_patch)
 
 
 def stream_frames(

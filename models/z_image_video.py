@@ -137,7 +137,7 @@ class ZImageVideoDenoiser:
 
     def shape(self, request: VideoRequest, num_texts: int) -> TokenShape:
         """What a step of the request costs, from the transformer's own configuration."""
-        frames, height, width = self._latent_size(request)
+        frames, height, width = self.model.spec.latent_size(request)
         config = self.transformer.config
         patches = frames // request.f_patch_size * (height // PATCH_SIZE) * (width // PATCH_SIZE)
         tokens = patches + self.model.manifest.max_text_tokens
@@ -161,7 +161,7 @@ class ZImageVideoDenoiser:
         A source video is noised to the level at which the last `strength` of the steps begins
         (SDEdit, arXiv:2108.01073); those before are not made.
         """
-        shape = (1, self.transformer.config.in_channels, *self._latent_size(request))
+        shape = (1, self.transformer.config.in_channels, *self.model.spec.latent_size(request))
         generator = torch.Generator("cpu").manual_seed(request.seed)
         noise = torch.randn(shape, generator=generator).to(self.device)
         if conditioning.source_latents is None or request.strength is None:
@@ -180,7 +180,7 @@ class ZImageVideoDenoiser:
 
     def batch(self, request: VideoRequest) -> Hashable:
         """The size of the latents, of their patches, and the LoRAs; texts may differ in length."""
-        return (*self._latent_size(request), request.f_patch_size, request.loras)
+        return (*self.model.spec.latent_size(request), request.f_patch_size, request.loras)
 
     @torch.inference_mode()
     def step_all(
@@ -222,14 +222,6 @@ class ZImageVideoDenoiser:
             latents = _hold_start_frame(latents, conditioning)
             made.append(replace(state, latents=latents, step=state.step + 1))
         return made
-
-    def _latent_size(self, request: VideoRequest) -> tuple[int, int, int]:
-        """Latent frames, height and width."""
-        width, height = self.model.spec.generated_size(request.width, request.height)
-        frames = self.model.spec.generated_frames(request.num_frames, request.f_patch_size)
-        latent_frames = (frames - 1) // self.model.spec.frame_stride + 1
-        scale = self.model.spec.latent_scale
-        return latent_frames, height // scale, width // scale
 
     def _schedule(self, request: VideoRequest) -> FlowMatchEulerDiscreteScheduler:
         scheduler = copy.deepcopy(self.scheduler)

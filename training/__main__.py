@@ -1,7 +1,6 @@
 """`python -m training` makes models/demo from nothing; an interrupted run goes on."""
 
 import argparse
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
+from models.weight_files import check_sums
 from training.text_encoder import make_text_encoder, make_tokenizer, save_text_encoder
 from training.train_denoiser import encode_clips, train_denoiser
 from training.train_vae import reconstruction_scores, train_vae
@@ -72,11 +72,7 @@ def save_checkpoint(
     transformer.half().save_pretrained(folder / "transformer", safe_serialization=True)
     FlowMatchEulerDiscreteScheduler(shift=5.0).save_pretrained(folder / "scheduler")
     manifest = json.loads(MANIFEST.read_text())
-    manifest["sha256"] = {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.glob("*/*"))
-        if path.is_file()
-    }
+    manifest["sha256"] = check_sums(folder)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 

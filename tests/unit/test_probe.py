@@ -1,5 +1,6 @@
 """What weights are is told by their names and shapes; what is no model is refused with a reason."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -233,6 +234,16 @@ def test_all_checkpoints_below_a_folder_are_found(
     whole = [item for item in found if isinstance(item, Found)]
     assert {item.type for item in whole} == {ModelType.MAIN, ModelType.MOTION_MODULE}
     assert (len(whole), len(found)) == (2, 3), "what is damaged hides nothing"
+
+
+def test_a_pickle_in_a_models_folder_is_refused(
+    random_family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "motion_adapter"
+    shutil.copytree(random_family("animatediff") / "motion_adapter", folder)
+    (folder / "more.ckpt").write_bytes(b"\x80")
+    with pytest.raises(WeightsDamaged, match="pickled"):
+        probe(folder)
 
 
 @pytest.mark.parametrize(
