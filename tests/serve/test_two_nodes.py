@@ -317,11 +317,8 @@ def test_requests_alike_make_their_steps_in_one(
     alone, _ = run(batching, "alone", request_, conditioning)
     before = describe.remote().result()["steps_made"]
     assert before == num_steps
-    streams = [
-        handle.remote(DenoiseWork(f"together {n}", 3, 0.0, request_), conditioning)
-        for n in range(2)
-    ]
-    for stream in streams:
+    works = [DenoiseWork(f"together {n}", 3, 0.0, request_) for n in range(2)]
+    for stream in [handle.remote(work, conditioning) for work in works]:
         *_, last = stream
         assert last.step == last.num_made == num_steps
         assert np.abs(np.asarray(ray.get(last.latents)) - alone).max() < 1e-4
@@ -361,10 +358,9 @@ def test_a_request_goes_where_its_model_is(
 ) -> None:
     requests = [request_, request_.model_copy(update={"model": "other"})]
 
-    def describe(request: VideoRequest) -> dict[str, Any]:
+    def describe(request: VideoRequest) -> Any:
         handle: Any = replicas.options(method_name="describe", multiplexed_model_id=request.model)
-        found: dict[str, Any] = handle.remote().result()
-        return found
+        return handle.remote().result()
 
     for request in requests:  # each replica comes to have one of them
         run(replicas, f"first {request.model}", request, conditioning)
