@@ -29,6 +29,7 @@ from media.object_store import LocalObjectStore
 from media.renditions import Rendition, rendition_key
 from models.families import WITHOUT_PROMPT
 from models.request import InvalidRequest, NotSupported, VideoRequest
+from models.spec import Use
 from models.start_image import prepare_start_image
 
 # What a remix keeps of the request that it is made from.
@@ -199,10 +200,12 @@ class CreateRoutes:
         if (first := await self._find_first(request, attempt)) is not None:
             return self._answer(first)
         self.admission.check_may_derive(account_of(request))
+        model = self.admission.offer(body.model).model
+        if model.spec.start_image is Use.REFUSED:  # it begins from the video's last frame
+            raise NotSupported("video", f"{model.id} does not go on from videos")
         source = await self._read_source(body.video, account_of(request).id)
         fields = {"fps": source.shape.fps, **_size_of(source), **body.fields}
         fields = replace(body, fields=fields).with_size_and_frames(source.shape.fps)
-        model = self.admission.offer(body.model).model
         most = model.max_frames - 1  # beside the one that it begins from
         asked = fields.get("num_frames", min(model.manifest.defaults.num_frames, most))
         if re.fullmatch(r"0*[1-9][0-9]{0,5}", str(asked)) is None:

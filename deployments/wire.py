@@ -15,7 +15,7 @@ from jobs.outbox import Delivery
 from jobs.webhooks import Endpoint
 from models.catalog import Model
 from models.families import SVD_FAMILIES, WITHOUT_PROMPT
-from models.request import ModelFamily, VideoRequest, read_stored
+from models.request import VideoRequest, read_stored
 
 STATUSES = {
     JobState.QUEUED: "queued",
@@ -92,12 +92,7 @@ def request_warnings(request: VideoRequest) -> list[str]:
             )
     if request.motion_strength is not None and request.family not in SVD_FAMILIES:
         warnings.append(f"motion_strength has no effect on {request.family}")
-    guided = request.guidance_scale > 1
-    if request.family is ModelFamily.Z_IMAGE_VIDEO:
-        guided = request.guidance_scale != 1
-    if request.family is ModelFamily.HUNYUAN_VIDEO:
-        guided = (request.true_cfg_scale or 1) > 1
-    if request.negative_prompt and not guided:
+    if request.negative_prompt and not request.guided:
         warnings.append("negative_prompt has no effect without guidance")
     if request.prompt and request.family in WITHOUT_PROMPT:
         warnings.append(f"prompt has no effect on {request.family}")

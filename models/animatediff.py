@@ -70,7 +70,7 @@ class AnimateDiffEncoder:
             raise ValueError("AnimateDiff makes no video from an image")
         kept = embeddings or no_embeddings()
         negative = None
-        if request.guidance_scale > 1.0:
+        if request.guided:
             negative = self._encode_text(request.negative_prompt, kept)
         source_latents = None
         if source_frames is not None:

@@ -116,7 +116,7 @@ class HunyuanVideoEncoder:
             key = ("image", digest(image.tobytes()), size)
             (start_latents,) = kept.get(key, lambda: (latents(image),))
         negative = None
-        if (request.true_cfg_scale or 1.0) > 1.0:
+        if request.guided:
             negative = self._encode_text(request.negative_prompt, black, NEGATIVE_INTERLEAVE, kept)
         return HunyuanConditioning(
             positive=self._encode_text(request.prompt, image, self.interleave, kept),

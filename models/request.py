@@ -95,6 +95,17 @@ class VideoRequest(BaseModel, frozen=True, extra="forbid"):
     user: str | None = Field(None, max_length=256)
 
     @property
+    def guided(self) -> bool:
+        """Whether a step predicts twice, for classifier-free guidance."""
+        match self.family:
+            case ModelFamily.HUNYUAN_VIDEO:
+                return (self.true_cfg_scale or 1.0) > 1.0
+            case ModelFamily.Z_IMAGE_VIDEO:
+                return self.guidance_scale != 1.0
+            case _:
+                return self.guidance_scale > 1.0
+
+    @property
     def new_frames(self) -> int:
         """The frames that are billed: not the one that a continuation begins from."""
         return self.num_frames - (self.continues is not None)

@@ -96,7 +96,7 @@ class SvdEncoder:
             embedding=embedding,
             latents=latents[0].float().cpu().numpy(),
             generator=generator.get_state().numpy(),
-            guided=request.guidance_scale > 1.0,
+            guided=request.guided,
         )
 
     def _embed(self, image: Image.Image) -> FloatArray:

@@ -67,7 +67,7 @@ class ZImageVideoEncoder:
         kept = embeddings or no_embeddings()
         positive, num_tokens = self._encode_text(request.prompt, kept)
         negative = None
-        if request.guidance_scale != 1.0:
+        if request.guided:
             negative, _ = self._encode_text(request.negative_prompt, kept)
         generated_size = self.model.spec.generated_size(request.width, request.height)
         start_latents = source_latents = None

@@ -160,9 +160,13 @@ def test_an_extension_asks_for_what_the_model_can(
     assert "at most 13 frames" in refused.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("name", ["svd", "hunyuan-video"])
-def test_a_video_is_changed_only_by_models_that_can(
-    door: Door, an_account: Callable[..., Account], name: str
+@pytest.mark.parametrize(
+    ("route", "name"),
+    [("edits", "svd"), ("edits", "hunyuan-video"), ("extensions", "animatediff"),
+     ("extensions", "hunyuan-video")],
+)  # fmt: skip
+def test_a_video_is_changed_and_extended_only_by_models_that_can(
+    door: Door, an_account: Callable[..., Account], route: str, name: str
 ) -> None:
     an_account("alice")
     files = {
@@ -170,7 +174,7 @@ def test_a_video_is_changed_only_by_models_that_can(
         "prompt": (None, "x"),
         "video": ("a.mp4", b"not read", "video/mp4"),
     }
-    response = door.as_account()("POST", "/v1/videos/edits", files=files)
+    response = door.as_account()("POST", f"/v1/videos/{route}", files=files)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "video"
 
