@@ -14,6 +14,7 @@ from credits.api_keys import KeyNotFound, Unauthenticated
 from credits.ledger import AlreadySettled, InsufficientCredits
 from credits.plans import PlanForbids, StorageFull, TooManyJobs
 from credits.rates import RateLimited
+from deployments.checkpoints import CheckpointUnreadable
 from deployments.origin import ForeignPackage
 from deployments.rank_group import GroupBroken, SeatsUneven
 from deployments.resident_models import ModelTooLarge
@@ -108,6 +109,7 @@ ANSWERS: dict[type[Exception], Answer] = {
     LeaseLost: INTERNAL,
     ForeignPackage: INTERNAL,
     CheckpointUnusable: INTERNAL,
+    CheckpointUnreadable: INTERNAL,
     GroupBroken: INTERNAL,
     SeatsUneven: INTERNAL,
     ModelTooLarge: INTERNAL,

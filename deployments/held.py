@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoscaling.step_scheduler import Block
 from autoscaling.urgency import Urgency
+from deployments.checkpoints import Unsaved
 from deployments.messages import Denoised, DenoiseWork
 from deployments.rank_group import Part
 from models.tensors import ParkedState
@@ -38,8 +39,7 @@ class Held:
     block: Block | None = None
     kills: int = 0
     ran_s: float = 0.0
-    unsaved_s: float = 0.0
-    unsaved_steps: int = 0
+    unsaved: Unsaved = field(default_factory=Unsaved)
     saved: bool = False
     failed: bool = False
     saving: "asyncio.Task[None] | None" = None

@@ -18,6 +18,7 @@ from sqlalchemy.exc import OperationalError
 
 from credits.ledger import AlreadySettled
 from credits.pricing import WorkWeights
+from deployments.checkpoints import CheckpointUnreadable
 from deployments.config import LeaseConfig, TierConfig, read_pepper
 from deployments.database import migrate, open_database, reader, retry_while_away, when_back
 from deployments.errors import answer_for
@@ -37,7 +38,13 @@ logger = logging.getLogger("ray.serve")
 BACKOFF_S = 0.5
 TEXT_WAS_THERE = "the work done is charged; what it is made from was encoded before"
 T = TypeVar("T")
-WORKER_LOST = (RayActorError, ObjectLostError, WorkerCrashedError, GroupBroken)
+WORKER_LOST = (
+    RayActorError,
+    ObjectLostError,
+    WorkerCrashedError,
+    GroupBroken,
+    CheckpointUnreadable,
+)
 
 
 @dataclass(slots=True)

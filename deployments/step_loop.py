@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ import ray
 from autoscaling.step_scheduler import Block, Step, Task, next_steps
 from autoscaling.step_times import StepTimes
 from autoscaling.urgency import judge
-from deployments.checkpoints import Checkpoints
+from deployments.checkpoints import Checkpoints, Unsaved
 from deployments.config import DenoiserConfig
 from deployments.held import Held
 from deployments.messages import Denoised, DenoiseWork
@@ -26,7 +27,6 @@ from deployments.rank_group import GroupBroken, Made, RankGroup
 from deployments.traffic_counters import TrafficCounters
 from jobs.store import LeaseLost
 from models.catalog import Model
-from models.checkpoint import Checkpoint
 from models.conditioning import Conditioning
 from models.memory import OutOfMemory
 from models.tensors import ParkedState
@@ -34,8 +34,10 @@ from parallel.plan import P4D, ParallelPlan, StepShape, Topology, predict_step, 
 
 logger = logging.getLogger("ray.serve")
 
-READ_ATTEMPTS = 3
-READ_AGAIN_S = 1.0
+# Ray 2.60 forgets an object that a stream has told of, and that nobody else refers to, if the
+# stream has ended before its consumer comes to read it.
+KEPT_LATENTS = 8
+
 T = TypeVar("T")
 
 
@@ -60,6 +62,7 @@ class StepLoop:
         self.times = StepTimes()
         self.traffic = TrafficCounters()
         self.num_taken = self.num_made = 0
+        self.finished: deque[ray.ObjectRef[Any]] = deque(maxlen=KEPT_LATENTS)
         self.held: dict[str, Held] = {}
         self.under_way: dict[str, Step] = {}
         self.tasks: set[asyncio.Task[None]] = set()
@@ -116,7 +119,7 @@ class StepLoop:
         begun = await self._answered(self.group.begin(work.request, conditioning.num_texts, kept))
         shape, state = begun.shape, begun.state
         first_step = state.step
-        saved = await self._saved(work)
+        saved = await self.checkpoints.find(work.job_id, work.request)
         if saved is not None:
             state = saved.state
             logger.warning("job %s goes on from step %d", work.job_id, state.step)
@@ -146,17 +149,6 @@ class StepLoop:
             first_step=first_step,
             batch=None if begun.batch is None else (work.request.model, begun.batch),
         )
-
-    async def _saved(self, work: DenoiseWork) -> Checkpoint | None:
-        """A store that can't be read now may be so in a moment, here or for another replica."""
-        for _ in range(READ_ATTEMPTS):
-            try:
-                return await asyncio.to_thread(self.checkpoints.load, work.job_id, work.request)
-            except OSError as error:
-                logger.warning("job %s: its checkpoint is not read: %s", work.job_id, error)
-                hindrance = error
-                await asyncio.sleep(READ_AGAIN_S)
-        raise GroupBroken(f"the checkpoint of job {work.job_id} cannot be read") from hindrance
 
     async def load(self, model: Model) -> None:
         """Have the ranks read a model's weights at a step boundary."""
@@ -291,8 +283,7 @@ class StepLoop:
         for held, state, reference in zip(together, made.states, made.references, strict=True):
             held.state, held.state_ref, held.block = state, reference, step.block
             held.ran_s += took_s
-            held.unsaved_s += took_s
-            held.unsaved_steps += 1
+            held.unsaved.add(took_s)
             if self._save_is_due(held, took_s):
                 held.saving = self._spawn(self._save(held, state, plan))
             if held.steps_left:
@@ -304,30 +295,26 @@ class StepLoop:
         """Hand over the latents; a checkpoint that is being written is there by then."""
         if held.saving is not None:
             await held.saving
-        held.moments.put_nowait(held.moment(ray.put(held.state.latents)))
+        latents = ray.put(held.state.latents)
+        self.finished.append(latents)
+        held.moments.put_nowait(held.moment(latents))
 
     def _save_is_due(self, held: Held, step_s: float) -> bool:
         """At the end, too, of whatever was long enough to be saved once."""
-        config = self.config
         if held.saving is not None and not held.saving.done():
             return False
-        if not held.steps_left:
-            return held.saved
-        many = config.checkpoint_steps is not None and held.unsaved_steps >= config.checkpoint_steps
-        return many or held.unsaved_s + step_s > config.checkpoint_s
+        return held.unsaved.is_due(self.config, step_s) if held.steps_left else held.saved
 
     async def _save(self, held: Held, state: ParkedState, plan: ParallelPlan) -> None:
         """Write a state while the next steps are made. Without it a kill costs more, but no job."""
-        unsaved_s, unsaved_steps = held.unsaved_s, held.unsaved_steps
-        held.unsaved_s, held.unsaved_steps = 0.0, 0
+        unsaved, held.unsaved = held.unsaved, Unsaved()
         try:
             await asyncio.to_thread(
                 self.checkpoints.save, held.work.job_id, held.work.request, state, plan
             )
         except OSError:
             logger.exception("job %s: step %d is not saved", held.work.job_id, state.step)
-            held.unsaved_s += unsaved_s
-            held.unsaved_steps += unsaved_steps
+            held.unsaved.add(unsaved.seconds, unsaved.steps)
         else:
             held.saved = True
 
