@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel
 
+from models.animatediff_control import AnimateDiffControls, as_pixels, leads_of, nets_of
 from models.catalog import Model
 from models.conditioning import AnimateDiffConditioning, FloatArray
+from models.control import ControlNet
 from models.denoise import first_step, guide
 from models.embeddings import Embeddings, digest, no_embeddings
 from models.frame_unet import FrameUnet
@@ -27,7 +29,7 @@ from models.request import VideoRequest
 from models.schedulers import DiffusionSchedules, advance, begin_at
 from models.spec import has_whole_motion_unet
 from models.stages import OneAtATime
-from models.start_image import pad_frames
+from models.start_image import decode_png, pad_frames, pad_pixels
 from models.tensors import DenoiseState, Frames
 from models.tiles import stream_frames
 from models.weights import choose_device, choose_dtype, load_component
@@ -65,10 +67,15 @@ class AnimateDiffEncoder:
         source_frames: NDArray[np.uint8] | None = None,
         embeddings: Embeddings | None = None,
     ) -> AnimateDiffConditioning:
-        """ValueError with a start image, which no admitted request has."""
-        if start_image is not None:
-            raise ValueError("AnimateDiff makes no video from an image")
+        """ValueError with a start image that nothing leads by, which no admitted request has."""
         kept = embeddings or no_embeddings()
+        start = None
+        if start_image is not None:
+            net = self.model.start_control
+            if net is None:
+                raise ValueError(f"{self.model.id} has no control network for a start image")
+            pixels = decode_png(start_image)[None]
+            start = self._encode_pictures(net, pixels, kept)
         negative = None
         if request.guided:
             negative = self._encode_text(request.negative_prompt, kept)
@@ -83,7 +90,33 @@ class AnimateDiffEncoder:
             negative=negative,
             source_latents=source_latents,
             num_tokens=len(self.pipeline.tokenizer(request.prompt)["input_ids"]),
+            start=start,
         )
+
+    @torch.inference_mode()
+    def encode_control(
+        self,
+        request: VideoRequest,
+        frames: NDArray[np.uint8],
+        embeddings: Embeddings | None = None,
+    ) -> FloatArray:
+        """Pixels [3, F, H, W] in 0..1, or latents [C, F, H, W]: as the network takes them."""
+        assert request.control is not None
+        net = self.model.control_net(request.control.kind)
+        if not net.is_sparse:
+            frames = frames[np.minimum(np.arange(request.num_frames), len(frames) - 1)]
+        return self._encode_pictures(net, frames, embeddings or no_embeddings())
+
+    def _encode_pictures(
+        self, net: ControlNet, frames: NDArray[np.uint8], kept: Embeddings
+    ) -> FloatArray:
+        if net.takes_latents:
+            key = ("frames", digest(frames), frames.shape)
+            (latents,) = kept.get(key, lambda: (self._encode_frames(frames),))
+            return latents
+        height, width = frames.shape[1:3]
+        size = self.model.spec.generated_size(width, height)
+        return as_pixels(pad_pixels(frames, size))
 
     def _encode_text(self, text: str, kept: Embeddings) -> FloatArray:
         """[77, D]"""
@@ -99,7 +132,9 @@ class AnimateDiffEncoder:
         """uint8 [F, H, W, 3] -> [C, F, H/8, W/8]."""
         height, width = frames.shape[1:3]
         size = self.model.spec.generated_size(width, height)
-        pixels = torch.from_numpy(pad_frames(frames, generated_size=size)).transpose(0, 1)
+        pixels = (
+            torch.from_numpy(pad_frames(frames, generated_size=size)).transpose(0, 1).contiguous()
+        )
         encoded = [
             self.vae.encode(chunk.to(self.device, self.vae.dtype)).latent_dist.mode().float()
             for chunk in pixels.split(self.model.manifest.decode_chunk_frames)
@@ -116,7 +151,9 @@ class AnimateDiffDenoiser(OneAtATime[AnimateDiffConditioning]):
         self.model = model
         self.device = choose_device()
         self.dtype = choose_dtype(self.device)
-        self.unet = FrameUnet(_load_unet(model, self.dtype, self.device))
+        unet = _load_unet(model, self.dtype, self.device)
+        self.controls = AnimateDiffControls(model.controls, unet.config, self.dtype, self.device)
+        self.unet = FrameUnet(unet, self.controls.shardings)
         self.loras = LoraLayers(self.unet.unet, model.loras)
         self.schedules = DiffusionSchedules(model.folder)
 
@@ -126,7 +163,8 @@ class AnimateDiffDenoiser(OneAtATime[AnimateDiffConditioning]):
 
     def shape(self, request: VideoRequest, num_texts: int) -> FrameShape:
         """What a step of the request costs."""
-        return self.unet.shape(self.model, request, num_texts)
+        beside = self.controls.num_parameters(nets_of(self.model, request))
+        return self.unet.shape(self.model, request, num_texts, beside)
 
     @torch.inference_mode()
     def start(self, request: VideoRequest, conditioning: AnimateDiffConditioning) -> DenoiseState:
@@ -154,14 +192,22 @@ class AnimateDiffDenoiser(OneAtATime[AnimateDiffConditioning]):
         schedule = self.schedules.schedule(request, self.device)
         timestep = begin_at(schedule, state.step)
         scaled = schedule.scale_model_input(state.latents, timestep)
+        leads = leads_of(self.model, request, conditioning, state.step)
 
         def call(texts: Sequence[FloatArray], frames: slice) -> Tensor:
             states = torch.tensor(np.stack(texts), dtype=self.dtype, device=self.device)
-            noisy = scaled[:, :, frames].expand(len(texts), -1, -1, -1, -1)
+            noisy = scaled[:, :, frames].expand(len(texts), -1, -1, -1, -1).to(self.dtype)
+            states = states.repeat_interleave(noisy.shape[2], dim=0)
+            added = self.controls.residuals(
+                leads, noisy, timestep, states, frames, request.num_frames
+            )
+            down, middle = (None, None) if added is None else added
             noise: Tensor = self.unet.unet(
-                noisy.to(self.dtype),
+                noisy,
                 timestep,
-                encoder_hidden_states=states.repeat_interleave(noisy.shape[2], dim=0),
+                encoder_hidden_states=states,
+                down_block_additional_residuals=down,
+                mid_block_additional_residual=middle,
             ).sample
             return noise
 

@@ -3,12 +3,19 @@
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import BaseModel, Field, ValidationError
 
 from models.families import FIELDS_OF_FAMILIES, LCM_STEPS, SVD_FAMILIES
-from models.request import InvalidRequest, ModelFamily, NotSupported, Scheduler, VideoRequest
+from models.request import (
+    ControlKind,
+    InvalidRequest,
+    ModelFamily,
+    NotSupported,
+    Scheduler,
+    VideoRequest,
+)
 from models.spec import (
     LAYOUTS,
     FamilySpec,
@@ -22,6 +29,7 @@ from models.territories import Territory
 from models.weight_files import check_weight_files, sha256_of
 
 if TYPE_CHECKING:
+    from models.control import ControlNet
     from models.lora import Lora
 
 IMAGE_TOKEN = "<image>"
@@ -80,11 +88,30 @@ class ModelManifest(BaseModel, frozen=True, extra="forbid"):
     sha256: dict[str, str] = Field(default_factory=dict)
 
 
+class Addition(Protocol):
+    """Weights beside a model's own: a LoRA, a control network."""
+
+    @property
+    def id(self) -> str:
+        """What the operator calls it."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Of its files."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its files."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """A checked checkpoint: what it is called here, where it lies and what it can generate.
 
-    loras: those that a request may ask for.
+    loras, controls: those that a request may ask for.
     """
 
     id: str
@@ -92,14 +119,41 @@ class Model:
     manifest: ModelManifest
     spec: FamilySpec
     loras: "tuple[Lora, ...]" = ()
+    controls: "tuple[ControlNet, ...]" = ()
 
     @property
     def denoiser_bytes(self) -> int:
-        """Of the denoiser's weights, as stored, and of its LoRAs'."""
+        """Of the denoiser's weights, as stored, and of its LoRAs' and control networks'."""
         parts = [self.folder / part for part in LAYOUTS[self.manifest.family].denoiser]
         files = [file for part in parts for file in part.glob("*.safetensors")]
         own = sum(file.stat().st_size for file in files)
-        return own + sum(lora.size_bytes for lora in self.loras)
+        return own + sum(addition.size_bytes for addition in self.additions)
+
+    @property
+    def additions(self) -> "list[Addition]":
+        """All that may change what its denoiser computes."""
+        return [*self.loras, *self.controls]
+
+    @property
+    def start_image(self) -> Use:
+        """Whether it takes one: AnimateDiff does by a control network of sparse frames."""
+        if self.manifest.family is ModelFamily.ANIMATEDIFF and self.start_control is not None:
+            return Use.OPTIONAL
+        return self.spec.start_image
+
+    @property
+    def start_control(self) -> "ControlNet | None":
+        """The network that a start image leads by."""
+        by_image = [net for net in self.controls if net.is_sparse and ControlKind.RGB in net.kinds]
+        return next(iter(by_image), None)
+
+    def control_net(self, kind: ControlKind) -> "ControlNet":
+        """The first that takes pictures of a kind; InvalidRequest."""
+        for net in self.controls:
+            if kind in net.kinds:
+                return net
+        there = ", ".join(sorted({kind for net in self.controls for kind in net.kinds})) or "none"
+        raise InvalidRequest("control", f"{self.id} has no control of the type {kind}: {there}")
 
     @property
     def max_frames(self) -> int:
@@ -118,6 +172,8 @@ class Model:
             if fields.get("motion_bucket_id") is not None:
                 message = "motion_bucket_id and motion_strength say the same: give one"
                 raise InvalidRequest("motion_strength", message)
+        if isinstance(control := fields.get("control"), dict):
+            fields = {**fields, "control": self._with_default_scale(control)}
         values = {
             **defaults,
             "seed": secrets.randbelow(2**31),
@@ -133,6 +189,7 @@ class Model:
             raise InvalidRequest(param, f"{param}: {first['msg']}") from None
         self._check_bounds(request)
         self._check_loras(request)
+        self._check_control(request)
         for name in ("prompt", "negative_prompt"):
             # HunyuanVideo's encoder puts the start image where this stands
             if family is ModelFamily.HUNYUAN_VIDEO and IMAGE_TOKEN in getattr(request, name):
@@ -143,9 +200,9 @@ class Model:
         """InvalidRequest if a request has what the model does not take, or lacks what it needs."""
         if source_video and not self.spec.source_video:
             raise NotSupported("video", f"{self.id} does not change videos")
-        if start_image and self.spec.start_image is Use.REFUSED:
+        if start_image and self.start_image is Use.REFUSED:
             raise NotSupported("input_reference", f"{self.id} makes videos from words alone")
-        if not start_image and self.spec.start_image is Use.REQUIRED:
+        if not start_image and self.start_image is Use.REQUIRED:
             message = f"input_reference is required: {self.id} makes videos from an image"
             raise InvalidRequest("input_reference", message)
 
@@ -158,6 +215,37 @@ class Model:
                 raise InvalidRequest("loras", f"{self.id} has no LoRA {name!r}; it has {there}")
         if len(set(names)) < len(names):
             raise InvalidRequest("loras", "loras: one is named twice")
+
+    def _with_default_scale(self, control: dict[str, Any]) -> dict[str, Any]:
+        """The publishers' scale of the network that will lead; a wrong kind is told elsewhere."""
+        scales: dict[str, float] = {
+            kind: net.default_scale for net in self.controls[::-1] for kind in net.kinds
+        }
+        scale = scales.get(control.get("kind", ""))
+        return control if scale is None else {"scale": scale, **control}
+
+    def _check_control(self, request: VideoRequest) -> None:
+        control = request.control
+        if control is None:
+            return
+        net = self.control_net(control.kind)
+        if control.start >= control.end:
+            raise InvalidRequest("control", "control: start must be less than end")
+        if control.preprocess and control.kind is not ControlKind.CANNY:
+            message = f"control: only canny is made here; give {control.kind} as pictures"
+            raise NotSupported("control", message)
+        if net.f_patch_sizes is not None and request.f_patch_size not in net.f_patch_sizes:
+            sizes = ", ".join(map(str, net.f_patch_sizes))
+            message = f"f_patch_size must be one of {sizes} with this control"
+            raise InvalidRequest("f_patch_size", message)
+        if control.frames is None:
+            return
+        if not net.is_sparse:
+            raise NotSupported("control", f"control: {control.kind} leads every frame")
+        in_order = sorted(set(control.frames))
+        if list(control.frames) != in_order or in_order[-1] >= request.num_frames:
+            message = f"control: frames must be in order, and of 0 to {request.num_frames - 1}"
+            raise InvalidRequest("control", message)
 
     def _check_bounds(self, request: VideoRequest) -> None:
         manifest, spec = self.manifest, self.spec

@@ -47,9 +47,9 @@ def request_digest(request: VideoRequest) -> str:
 
 
 def model_revision(model: Model) -> str:
-    """SHA-256 of the manifest, which holds those of every file, and of the LoRAs."""
-    loras = "".join(f"{lora.id} {lora.sha256}\n" for lora in model.loras)
-    return hashlib.sha256(f"{model.manifest.model_dump_json()}{loras}".encode()).hexdigest()
+    """SHA-256 of the manifest, which holds those of every file, and of what is beside it."""
+    beside = "".join(f"{part.id} {part.sha256}\n" for part in model.additions)
+    return hashlib.sha256(f"{model.manifest.model_dump_json()}{beside}".encode()).hexdigest()
 
 
 def pack(checkpoint: Checkpoint) -> bytes:

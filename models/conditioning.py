@@ -46,7 +46,8 @@ class ZImageConditioning(Guided):
     """Text states [N, D], positive and negative.
 
     start_latents: [C, 1, H, W], the start frame's normalised latents, if there is one;
-    source_latents: [C, F, H, W], those of a video that is to be changed.
+    source_latents: [C, F, H, W], those of a video that is to be changed; control: those of what
+    leads it.
     """
 
     positive: FloatArray
@@ -54,6 +55,7 @@ class ZImageConditioning(Guided):
     start_latents: FloatArray | None
     source_latents: FloatArray | None
     num_tokens: int
+    control: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,16 @@ class AnimateDiffConditioning(Guided):
     """CLIP's states [77, D] of the positive and the negative text.
 
     source_latents: [C, F, H, W] of a video that is to be changed, scaled as the UNet has them.
+    start: the start image, and control, what leads the video, as their control networks take them:
+    latents [C, F, H, W], or pixels [3, F, H, W] in 0..1.
     """
 
     positive: FloatArray
     negative: FloatArray | None
     source_latents: FloatArray | None
     num_tokens: int
+    start: FloatArray | None = None
+    control: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True)

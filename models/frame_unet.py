@@ -11,6 +11,7 @@ from models.catalog import Model
 from models.cost import UNET_PARAMETERS, denoise_shape
 from models.request import VideoRequest
 from models.unet_sharding import shard_frames
+from parallel.frames import FrameSharding
 from parallel.guidance import predict_each
 from parallel.mesh import Mesh, MeshBuilder
 from parallel.plan import FrameShape, ParallelPlan
@@ -21,9 +22,11 @@ Text = TypeVar("Text")
 class FrameUnet:
     """diffusers' `UNetMotionModel` or `UNetSpatioTemporalConditionModel`."""
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, unet: Any, beside: Sequence[FrameSharding] = ()) -> None:
+        """beside: of other networks, which are to have the same frames."""
         self.unet = unet
         self.sharding = shard_frames(unet)
+        self.beside = beside
         self.use(MeshBuilder(0, 1).mesh(ParallelPlan(), (0,)))
 
     def use(self, mesh: Mesh) -> None:
@@ -43,6 +46,8 @@ class FrameUnet:
         call: predicts with these texts, as one batch, the frames of this slice.
         """
         frames = self.sharding.use(self.mesh.part, num_frames)
+        for sharding in self.beside:
+            sharding.use(self.mesh.part, num_frames)
         here = slice(frames.offset, frames.offset + frames.size)
         if self.mesh.guidance.size == 1:
             predicted = call(texts, here)
@@ -53,8 +58,12 @@ class FrameUnet:
             predicted = self.mesh.part.all_gather(predicted, frames.sizes, frame_dim)
         return list(predicted.split(1))
 
-    def shape(self, model: Model, request: VideoRequest, num_texts: int) -> FrameShape:
-        """What a step costs: that of the published UNet, by this one's parameters."""
+    def shape(
+        self, model: Model, request: VideoRequest, num_texts: int, own_parameters: int = 0
+    ) -> FrameShape:
+        """What a step costs: that of the published UNet, by this one's parameters and those of
+        what works beside it.
+        """
         scale = model.spec.latent_scale
         width, height = model.spec.generated_size(request.width, request.height)
         # as many latents as the published model's VAE would make
@@ -66,7 +75,7 @@ class FrameUnet:
             guided=num_texts == 2,
         )
         assert isinstance(shape, FrameShape)
-        parameters = sum(weight.numel() for weight in self.unet.parameters())
+        parameters = sum(weight.numel() for weight in self.unet.parameters()) + own_parameters
         share = parameters / UNET_PARAMETERS[request.family]
         bytes_share = share**0.5 * self.unet.dtype.itemsize / 2
         return replace(

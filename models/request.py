@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-STORED_INPUTS = ("start_image", "source_video", "continues")
+STORED_INPUTS = ("start_image", "source_video", "continues", "control_reference")
 
 
 class ModelFamily(StrEnum):
@@ -34,6 +34,41 @@ class LoraUse(BaseModel, frozen=True, extra="forbid"):
     weight: float = Field(1.0, ge=-4, le=4)
 
 
+class ControlKind(StrEnum):
+    """What a picture that leads a video shows: the usual ones of ControlNets, and frames as they
+    are to be (SparseCtrl's RGB).
+    """
+
+    CANNY = "canny"
+    DEPTH = "depth"
+    POSE = "pose"
+    HED = "hed"
+    MLSD = "mlsd"
+    SCRIBBLE = "scribble"
+    RGB = "rgb"
+
+
+class Control(BaseModel, frozen=True, extra="forbid"):
+    """How a reference leads the video.
+
+    frames: which frames it has pictures of, None: all. scale: times what the control network says;
+    start, end: the share of the steps in which it does. preprocess: whether the pictures of that
+    kind are made of the reference here.
+    """
+
+    kind: ControlKind
+    scale: float = Field(1.0, ge=0, le=2)
+    start: float = Field(0.0, ge=0, le=1)
+    end: float = Field(1.0, ge=0, le=1)
+    preprocess: bool = False
+    frames: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, min_length=1)
+
+    def acts_in(self, step: int, num_steps: int) -> bool:
+        """Whether it has a say in a step, counted from 0, as in diffusers' pipelines."""
+        within = step / num_steps >= self.start and (step + 1) / num_steps <= self.end
+        return within and self.scale > 0
+
+
 class InvalidRequest(Exception):
     """A field of a request is missing, malformed or out of range; param names it."""
 
@@ -53,8 +88,8 @@ class VideoRequest(BaseModel, frozen=True, extra="forbid"):
     """One video to make; every default is filled in, the seed too.
 
     num_frames, width and height are what was asked and is billed; the model may generate the next
-    size that it can and the result is trimmed. start_image, source_video and continues are keys of
-    the object store.
+    size that it can and the result is trimmed. start_image, source_video, continues and
+    control_reference are keys of the object store.
     """
 
     model: str
@@ -87,6 +122,9 @@ class VideoRequest(BaseModel, frozen=True, extra="forbid"):
     # A video to change, and how much of it: the share of the denoising that is done anew.
     source_video: str | None = None
     strength: float | None = Field(None, gt=0, le=1)
+    # An image or a video, and how it leads this one.
+    control_reference: str | None = None
+    control: Control | None = None
     # A video to go on from, and its frames; the start image is its last one.
     continues: str | None = None
     continued_frames: int = Field(0, ge=0)

@@ -84,14 +84,19 @@ def prepare_start_image(
     return StartImage(png, found["width"] / found["height"])
 
 
+def decode_png(png: bytes) -> NDArray[np.uint8]:
+    """A prepared image as uint8 [H, W, 3]."""
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
 def padded_image(png: bytes, *, generated_size: tuple[int, int]) -> Image.Image:
     """A prepared image at generated_size (width, height).
 
     Its edge repeats outwards, so that the trim after decoding gives the image back.
     """
-    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
-        pixels = np.asarray(image.convert("RGB"))
-    return Image.fromarray(_pad(pixels[None], generated_size)[0])
+    pixels = decode_png(png)
+    return Image.fromarray(pad_pixels(pixels[None], generated_size)[0])
 
 
 def pad_start_image(png: bytes, *, generated_size: tuple[int, int]) -> NDArray[np.float32]:
@@ -103,12 +108,16 @@ def pad_start_image(png: bytes, *, generated_size: tuple[int, int]) -> NDArray[n
 def pad_frames(
     frames: NDArray[np.uint8], *, generated_size: tuple[int, int]
 ) -> NDArray[np.float32]:
-    """uint8 [F, H, W, 3] -> float32 [3, F, H', W'] in -1..1, the edges repeated outwards."""
-    padded = _pad(frames, generated_size)
-    return np.ascontiguousarray(padded.transpose(3, 0, 1, 2), np.float32) / 127.5 - 1.0
+    """uint8 [F, H, W, 3] -> float32 [3, F, H', W'] in -1..1, the edges repeated outwards.
+
+    Rounded as diffusers' `VaeImageProcessor` does.
+    """
+    padded = pad_pixels(frames, generated_size)
+    return np.ascontiguousarray(padded.transpose(3, 0, 1, 2), np.float32) / 255.0 * 2.0 - 1.0
 
 
-def _pad(frames: NDArray[np.uint8], generated_size: tuple[int, int]) -> NDArray[np.uint8]:
+def pad_pixels(frames: NDArray[np.uint8], generated_size: tuple[int, int]) -> NDArray[np.uint8]:
+    """uint8 [F, H, W, 3] -> [F, H', W', 3], the edges repeated outwards."""
     _, height, width, _ = frames.shape
     extra_x, extra_y = generated_size[0] - width, generated_size[1] - height
     around = (

@@ -77,12 +77,16 @@ class ZImageStretch:
         return self.sharding.everyone.all_gather(hidden, self.tokens.sizes, 1)
 
 
+class LocalSamples(dict[int, Tensor]):
+    """A control network's residuals, of this rank's tokens already."""
+
+
 def _cut_control(
     sharding: SequenceSharding, last_layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Arguments:
     """Cut a control network's residuals, but the last: there the tokens are whole again."""
     samples = kwargs.get("controlnet_block_samples")
-    if samples is None:
+    if samples is None or isinstance(samples, LocalSamples):
         return args, kwargs
     tokens = sharding.shard(next(iter(samples.values())).shape[1])
     cut = {

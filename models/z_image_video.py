@@ -5,8 +5,9 @@ frame's clean latent is held in place at every step, as the model was trained.
 """
 
 import copy
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -33,11 +34,14 @@ from models.tiles import Box, stream_frames
 from models.transformer_sharding import shard_z_image
 from models.video_vae import WanVae, load_video_vae
 from models.weights import choose_device, choose_dtype, load_component
+from models.z_image_control import ZImageControl
 from parallel.guidance import predict_each
 from parallel.mesh import Mesh, MeshBuilder
 from parallel.plan import ParallelPlan, TokenShape
 
 PATCH_SIZE = 2
+# Residuals by layer, for latents, times and texts.
+Lead = Callable[[Sequence[Tensor], Tensor, Sequence[Tensor]], dict[int, Tensor]]
 
 
 class ZImageVideoEncoder:
@@ -76,12 +80,29 @@ class ZImageVideoEncoder:
             key = ("image", digest(start_image), generated_size)
             (start_latents,) = kept.get(key, lambda: (self.vae.encode(pixels),))
         if source_frames is not None:
-            count = self.model.spec.generated_frames(request.num_frames, request.f_patch_size)
-            frames = source_frames[np.minimum(np.arange(count), len(source_frames) - 1)]
-            source = pad_frames(frames, generated_size=generated_size)
-            key = ("frames", digest(source), generated_size)
-            (source_latents,) = kept.get(key, lambda: (self.vae.encode(source),))
+            source_latents = self._encode_frames(request, source_frames, kept)
         return ZImageConditioning(positive, negative, start_latents, source_latents, num_tokens)
+
+    @torch.inference_mode()
+    def encode_control(
+        self,
+        request: VideoRequest,
+        frames: NDArray[np.uint8],
+        embeddings: Embeddings | None = None,
+    ) -> FloatArray:
+        """Latents [C, F, H, W] of the video that leads; the last frame repeats to a valid count."""
+        return self._encode_frames(request, frames, embeddings or no_embeddings())
+
+    def _encode_frames(
+        self, request: VideoRequest, frames: NDArray[np.uint8], kept: Embeddings
+    ) -> FloatArray:
+        spec = self.model.spec
+        size = spec.generated_size(request.width, request.height)
+        count = spec.generated_frames(request.num_frames, request.f_patch_size)
+        every = frames[np.minimum(np.arange(count), len(frames) - 1)]
+        pixels = pad_frames(every, generated_size=size)
+        (latents,) = kept.get(("frames", digest(pixels), size), lambda: (self.vae.encode(pixels),))
+        return latents
 
     def _encode_text(self, text: str, kept: Embeddings) -> tuple[FloatArray, int]:
         """[N, D] without padding, and the number of tokens before truncation."""
@@ -128,6 +149,9 @@ class ZImageVideoDenoiser:
             model.folder / "scheduler", local_files_only=True
         )
         self.sharding = shard_z_image(self.transformer)
+        self.controls = {
+            net.id: ZImageControl(net, self.transformer, self.sharding) for net in model.controls
+        }
         self.use(MeshBuilder(0, 1).mesh(ParallelPlan(), (0,)))
 
     def use(self, mesh: Mesh) -> None:
@@ -142,14 +166,19 @@ class ZImageVideoDenoiser:
         patches = frames // request.f_patch_size * (height // PATCH_SIZE) * (width // PATCH_SIZE)
         tokens = patches + self.model.manifest.max_text_tokens
         weights = sum(weight.numel() for weight in self.transformer.layers.parameters())
+        num_layers = config.n_layers
+        if request.control is not None:
+            control = self.controls[self.model.control_net(request.control.kind).id]
+            weights += control.own_parameters
+            num_layers += control.num_layers
         activations = float(tokens * config.dim)
         return TokenShape(
             num_texts=num_texts,
             num_tokens=tokens,
             num_heads=config.n_heads,
-            num_layers=config.n_layers,
+            num_layers=num_layers,
             linear_flops=num_texts * 2.0 * weights * tokens,
-            attention_flops=num_texts * 4.0 * config.n_layers * tokens * activations,
+            attention_flops=num_texts * 4.0 * num_layers * tokens * activations,
             activation_bytes=activations * self.dtype.itemsize,
             latent_bytes=4.0 * config.in_channels * frames * height * width,
         )
@@ -178,8 +207,13 @@ class ZImageVideoDenoiser:
         """One Euler step."""
         return self.step_all([request], [conditioning], [state])[0]
 
-    def batch(self, request: VideoRequest) -> Hashable:
-        """The size of the latents, of their patches, and the LoRAs; texts may differ in length."""
+    def batch(self, request: VideoRequest) -> Hashable | None:
+        """The size of the latents, of their patches, and the LoRAs; texts may differ in length.
+
+        What is led makes its steps alone.
+        """
+        if request.control is not None:
+            return None
         return (*self.model.spec.latent_size(request), request.f_patch_size, request.loras)
 
     @torch.inference_mode()
@@ -203,12 +237,13 @@ class ZImageVideoDenoiser:
             held.append((scheduler, timestep, latents))
             time = float((1000 - timestep) / 1000)
             rows += [Row(latents[0], time, text) for text in _texts(conditioning)]
+        lead = self._lead(requests[0], conditionings[0], states[0])
         f_patch_size = requests[0].f_patch_size
         if self.mesh.degree == 1:
-            outputs = self._predict(rows, f_patch_size)
+            outputs = self._predict(rows, f_patch_size, lead)
         else:
             outputs = predict_each(
-                self.mesh.guidance, rows, lambda row: self._predict([row], f_patch_size)[0]
+                self.mesh.guidance, rows, lambda row: self._predict([row], f_patch_size, lead)[0]
             )
         made = []
         for request, conditioning, state, (scheduler, timestep, latents) in zip(
@@ -231,12 +266,36 @@ class ZImageVideoDenoiser:
         scheduler.set_timesteps(sigmas=sigmas, device=self.device)
         return scheduler
 
-    def _predict(self, rows: Sequence[Row], f_patch_size: int) -> list[Tensor]:
+    def _lead(
+        self, request: VideoRequest, conditioning: ZImageConditioning, state: DenoiseState
+    ) -> Lead | None:
+        """What leads this step, if anything does."""
+        control, pictures = request.control, conditioning.control
+        if control is None or pictures is None:
+            return None
+        if not control.acts_in(state.step, state.num_steps):
+            return None
+        net = self.controls[self.model.control_net(control.kind).id]
+        return partial(
+            net.samples,
+            control=pictures,
+            scale=control.scale,
+            f_patch_size=request.f_patch_size,
+            patch_size=PATCH_SIZE,
+        )
+
+    def _predict(
+        self, rows: Sequence[Row], f_patch_size: int, lead: Lead | None = None
+    ) -> list[Tensor]:
         """The velocity [C, F, H, W] of each row."""
+        latents = [row.latents.to(self.dtype) for row in rows]
+        times = torch.tensor([row.time for row in rows], device=self.device)
+        texts = [torch.tensor(row.text, dtype=self.dtype, device=self.device) for row in rows]
         outputs: list[Tensor] = self.transformer(
-            [row.latents.to(self.dtype) for row in rows],
-            torch.tensor([row.time for row in rows], device=self.device),
-            [torch.tensor(row.text, dtype=self.dtype, device=self.device) for row in rows],
+            latents,
+            times,
+            texts,
+            controlnet_block_samples=None if lead is None else lead(latents, times, texts),
             patch_size=PATCH_SIZE,
             f_patch_size=f_patch_size,
             return_dict=False,

@@ -1,0 +1,82 @@
+"""Control networks that an operator has put beside a model: what leads them, and whom they fit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.catalog import Model
+from models.probe import FAMILY_BASES, Base, ModelType, probe
+from models.request import ControlKind
+from models.spec import WeightsDamaged, read_json
+from models.weight_files import sha256_of
+
+
+class ControlDoesNotFit(WeightsDamaged):
+    """A control network is not made for the layers of the model, or for none that is run here."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControlNet:
+    """A network that reads a picture beside the denoiser, and says what to add to its layers.
+
+    `ZImageControlNetModel`, `ControlNetModel` (arXiv:2302.05543) or `SparseControlNetModel`
+    (arXiv:2311.16933), which is given some of the frames only. kinds: what it was trained on, which
+    its files do not tell.
+    """
+
+    id: str
+    folder: Path
+    base: Base
+    class_name: str
+    kinds: tuple[ControlKind, ...]
+    config: dict[str, Any]
+    sha256: str
+    size_bytes: int
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it is told which of the frames its pictures are of."""
+        return self.class_name == "SparseControlNetModel"
+
+    @property
+    def takes_latents(self) -> bool:
+        """Whether its pictures go through the model's VAE first."""
+        simplified = self.config.get("use_simplified_condition_embedding", True)
+        return self.base is Base.Z_IMAGE or (self.is_sparse and simplified)
+
+    @property
+    def f_patch_sizes(self) -> tuple[int, ...] | None:
+        """The temporal patches that it has layers for; None: it has nothing to do with them."""
+        return tuple(self.config["all_f_patch_size"]) if self.base is Base.Z_IMAGE else None
+
+    @property
+    def default_scale(self) -> float:
+        """Its publishers'."""
+        return 0.75 if self.base is Base.Z_IMAGE else 1.0
+
+    def fits(self, model: Model) -> bool:
+        """Whether it was made for a model of this kind; an image model's layers are the video's."""
+        base = FAMILY_BASES[model.manifest.family]
+        return self.base is base or (self.base, base) == (Base.Z_IMAGE, Base.Z_IMAGE_VIDEO)
+
+
+def load_control_net(folder: Path, control_id: str, kinds: tuple[ControlKind, ...]) -> ControlNet:
+    """Read what a folder in diffusers' layout is; NotRecognised, WeightsMissing, WeightsDamaged."""
+    found = probe(folder)
+    if found.type is not ModelType.CONTROLNET or not folder.is_dir():
+        told = f"it is a {found.base} {found.type}, not a control network in diffusers' layout"
+        raise WeightsDamaged(str(folder), told)
+    config = read_json(folder / "config.json")
+    if config.get("global_pool_conditions"):
+        raise ControlDoesNotFit(str(folder), "global_pool_conditions is not supported")
+    files = sorted(folder.glob("*.safetensors"))
+    return ControlNet(
+        id=control_id,
+        folder=folder,
+        base=found.base,
+        class_name=found.details["class"],
+        kinds=kinds,
+        config=config,
+        sha256=" ".join(sha256_of(file) for file in files),
+        size_bytes=sum(file.stat().st_size for file in files),
+    )
