@@ -139,6 +139,8 @@ def check_plan(plan: Plan, limits: PlanLimits, request: VideoRequest, frame_stri
         raise PlanForbids(
             plan, "input_reference", f"the {plan} plan does not include image-to-video"
         )
+    if request.control is not None and not limits.image_to_video:
+        raise PlanForbids(plan, "control", f"the {plan} plan does not include control")
     if request.loras and not limits.image_to_video:
         raise PlanForbids(plan, "loras", f"the {plan} plan does not include LoRAs")
     if request.source_video is not None or request.continues is not None:

@@ -17,8 +17,9 @@ from deployments.text_encoder import TextEncoder
 from deployments.vae_decoder import VaeDecoder
 from media.object_store import LocalObjectStore
 from models.catalog import load_model
+from models.control import ControlNet, load_control_net
 from models.licence import check_licence
-from models.lora import load_lora
+from models.lora import Lora, load_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,15 +93,24 @@ def bind_chain(config: AppConfig) -> Application:
 def _read_offers(config: AppConfig) -> dict[str, Offer]:
     offers: dict[str, Offer] = {}
     loras = [load_lora(ROOT / entry.path, entry.id) for entry in config.loras]
+    controls = [
+        load_control_net(ROOT / entry.path, entry.id, entry.kinds) for entry in config.controls
+    ]
     for entry in config.models:
         model = load_model(ROOT / entry.path, entry.id)
-        model = replace(model, loras=tuple(lora for lora in loras if lora.fits(model)))
+        model = replace(
+            model,
+            loras=tuple(lora for lora in loras if lora.fits(model)),
+            controls=tuple(net for net in controls if net.fits(model)),
+        )
         if model.id in offers:
             raise ValueError(f"two models are called {model.id!r}; give one of them an id")
         if entry.licence_override is None:
             check_licence(model, config.operation)  # LicenceForbids
         offers[model.id] = Offer(model, entry.served_on, entry.licence_override)
-    for lora in loras:
-        if not any(lora in offer.model.loras for offer in offers.values()):
-            raise ValueError(f"{lora.path}: a LoRA for {lora.base}, which no model here is")
+    used = [addition for offer in offers.values() for addition in offer.model.additions]
+    added: list[Lora | ControlNet] = [*loras, *controls]
+    for addition in added:
+        if addition not in used:
+            raise ValueError(f"{addition.id}: it is for {addition.base}, which no model here is")
     return offers

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -17,6 +18,7 @@ from credits.rates import RequestRate
 from deployments.url_guard import UrlGuardConfig
 from deployments.webhooks import WebhookConfig
 from models.licence import OperationConfig
+from models.request import ControlKind
 from models.start_image import ImageLimits
 
 
@@ -45,6 +47,16 @@ class LoraConfig(BaseModel, frozen=True, extra="forbid"):
 
     path: Path
     id: str = Field(min_length=1, max_length=128)
+
+
+class ControlConfig(BaseModel, frozen=True, extra="forbid"):
+    """A control network's folder in diffusers' layout, and what it was trained on, which its files
+    do not tell; it goes to every model that it fits.
+    """
+
+    path: Path
+    id: str = Field(min_length=1, max_length=128)
+    kinds: tuple[ControlKind, ...] = Field(min_length=1)
 
 
 class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
@@ -159,6 +171,7 @@ class AppConfig(BaseModel, frozen=True, extra="forbid"):
     storage: LocalConfig = LocalConfig()
     models: list[ModelConfig] = Field(min_length=1)
     loras: list[LoraConfig] = []
+    controls: list[ControlConfig] = []
     operation: OperationConfig = OperationConfig()
     tiers: list[TierConfig] = Field(min_length=1)
     encoder: EncoderConfig = EncoderConfig()
@@ -182,11 +195,16 @@ class AppConfig(BaseModel, frozen=True, extra="forbid"):
         return self
 
     @model_validator(mode="after")
-    def _loras_have_names_of_their_own(self) -> Self:
-        ids = [lora.id for lora in self.loras]
-        for lora_id in ids:
-            if ids.count(lora_id) > 1:
-                raise ValueError(f"loras: two are called {lora_id!r}")
+    def _additions_have_names_of_their_own(self) -> Self:
+        additions: dict[str, Sequence[LoraConfig | ControlConfig]] = {
+            "loras": self.loras,
+            "controls": self.controls,
+        }
+        for name, entries in additions.items():
+            ids = [entry.id for entry in entries]
+            for entry_id in ids:
+                if ids.count(entry_id) > 1:
+                    raise ValueError(f"{name}: two are called {entry_id!r}")
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,5 @@
 """The routes that make videos: from words, from an image, from another video; and their price."""
 
-import asyncio
 import re
 from dataclasses import replace
 from typing import Any, Protocol
@@ -13,24 +12,21 @@ from starlette.concurrency import run_in_threadpool
 from deployments.admission import Admission, Inputs
 from deployments.authentication import Authenticator, account_of, caller_of, keyed_router
 from deployments.config import LimitsConfig
-from deployments.database import single_reader
-from deployments.errors import VideoFailed, VideoNotReady
+from deployments.errors import VideoFailed
 from deployments.estimate import make_estimate
 from deployments.idempotency import Attempt, read_attempt
 from deployments.openapi import CREATE_BODY, DERIVE_BODY, REMIX_BODY, SYNC_ANSWERS
 from deployments.progress import EventFeed
 from deployments.request_body import CreateBody, parse_fps, read_create_body
-from deployments.source_video import SourceVideo, read_source
-from deployments.url_guard import UrlGuardConfig, UrlRefused, fetch
+from deployments.source_video import SourceVideo
+from deployments.sources import Sources
+from deployments.url_guard import UrlGuardConfig
 from deployments.wire import POLL_AFTER_MS, STATUSES, quote_json, video_json
 from jobs.job import Job, JobState
-from jobs.store import get_job
 from media.object_store import LocalObjectStore
-from media.renditions import Rendition, rendition_key
 from models.families import WITHOUT_PROMPT
 from models.request import InvalidRequest, NotSupported, VideoRequest
 from models.spec import Use
-from models.start_image import prepare_start_image
 
 # What a remix keeps of the request that it is made from.
 REMIXED = (
@@ -41,7 +37,6 @@ REMIXED = (
 )  # fmt: skip
 EDIT_STRENGTH = 0.6
 GENERATED_FRAMES = range(4, 130)  # of the founding API: 128 and the first frame
-DECODED_AT_ONCE = 2
 PENDING = "inputs/pending"
 
 
@@ -71,11 +66,9 @@ class CreateRoutes:
         self.store = store
         self.authenticate = authenticate
         self.limits = limits
-        self.image_urls = image_urls
+        self.sources = Sources(engine, store, limits, image_urls)
         self.wake = wake
         self.feed = feed
-        # Decoding takes a core and some memory; what more of it is asked for waits.
-        self.decoding = asyncio.Semaphore(DECODED_AT_ONCE)
 
     def router(self) -> APIRouter:
         """All routes; each needs an API key."""
@@ -143,16 +136,20 @@ class CreateRoutes:
         attempt = read_attempt(request, body, f"remix {video_id}")
         if (first := await self._find_first(request, attempt)) is not None:
             return self._answer(first)
-        job = await run_in_threadpool(self._find_finished, video_id, account_of(request).id)
+        owner = account_of(request).id
+        job = await run_in_threadpool(self.sources.find_finished, video_id, owner)
         former = VideoRequest.model_validate(job.request)
         if former.source_video is not None or former.continues is not None:
             raise NotSupported("video_id", "edited and extended videos cannot be remixed")
+        if former.control is not None and body.control_reference is None:
+            message = "control_reference is required: what led the video is not kept"
+            raise InvalidRequest("control_reference", message)
         if body.model not in (None, job.model):
             raise InvalidRequest("model", f"a remix is made by the video's own model, {job.model}")
         if "prompt" not in body.fields and former.family not in WITHOUT_PROMPT:
             raise InvalidRequest("prompt", "prompt is required")
         if former.start_image is not None and body.image is None:  # its file is gone by now
-            source = await self._read_source(job.id, account_of(request).id)
+            source = await self.sources.video(job.id, owner)
             body = replace(body, image=source.first_frame)
         kept = {name: getattr(former, name) for name in REMIXED}
         if "size" in body.fields:
@@ -175,7 +172,7 @@ class CreateRoutes:
         self.admission.offer(body.model).model.check_inputs(
             start_image=body.image is not None, source_video=True
         )
-        source = await self._read_source(body.video, account_of(request).id)
+        source = await self.sources.video(body.video, account_of(request).id)
         size = {} if "size" in body.fields else _size_of(source)
         fields = {"strength": EDIT_STRENGTH, "fps": source.shape.fps, **size, **body.fields}
         num_frames = source.frames_at(parse_fps(fields["fps"]))
@@ -193,7 +190,10 @@ class CreateRoutes:
         """Go on from a video's last frame; the result is both, one after the other."""
         body = await read_create_body(request, derived=True)
         given = {**body.fields, "input_reference": body.image, "crop": body.crop}
-        for name in ("strength", "size", "width", "height", "fps", "input_reference", "crop"):
+        for name in (
+            *("strength", "size", "width", "height", "fps", "input_reference", "crop"),
+            "control",
+        ):
             if given.get(name) is not None:
                 raise InvalidRequest(name, f"{name}: an extension is as the video that it extends")
         attempt = read_attempt(request, body, "extend")
@@ -201,9 +201,9 @@ class CreateRoutes:
             return self._answer(first)
         self.admission.check_may_derive(account_of(request))
         model = self.admission.offer(body.model).model
-        if model.spec.start_image is Use.REFUSED:  # it begins from the video's last frame
+        if model.start_image is Use.REFUSED:  # it begins from the video's last frame
             raise NotSupported("video", f"{model.id} does not go on from videos")
-        source = await self._read_source(body.video, account_of(request).id)
+        source = await self.sources.video(body.video, account_of(request).id)
         fields = {"fps": source.shape.fps, **_size_of(source), **body.fields}
         fields = replace(body, fields=fields).with_size_and_frames(source.shape.fps)
         most = model.max_frames - 1  # beside the one that it begins from
@@ -257,52 +257,30 @@ class CreateRoutes:
     ) -> Job:
         """Refuse what can be refused before an image is fetched and decoded, then admit."""
         account = account_of(request)
-        self.admission.offer(resolved.model).model.check_inputs(
+        model = self.admission.offer(resolved.model).model
+        model.check_inputs(
             start_image=body.image is not None, source_video="source_video" in inputs
         )
+        given = {"start_image": body.image, "control_reference": body.control_reference}
+        named = [*inputs, *(name for name, source in given.items() if source is not None)]
+        if len(named) > len(inputs):
+            pending = dict.fromkeys(named, PENDING)
+            self.admission.check(account, resolved.model_copy(update=pending))
+        size = resolved.width, resolved.height
         if body.image is not None:
-            named = dict.fromkeys([*inputs, "start_image"], PENDING)
-            self.admission.check(account, resolved.model_copy(update=named))
-            content = await self._read_image(body.image)
-            async with self.decoding:
-                image = await run_in_threadpool(
-                    prepare_start_image,
-                    content,
-                    size=(resolved.width, resolved.height),
-                    crop=body.crop,
-                    limits=self.limits.image,
-                    param="input_reference",
-                )
+            image = await self.sources.image(body.image, size, body.crop)
             resolved = resolved.model_copy(update={"start_image_aspect": image.aspect})
             inputs = {**inputs, "start_image": image.png}
         elif body.crop is not None:
             raise InvalidRequest("crop", "crop is of a start image, and there is none")
+        if body.control_reference is not None:
+            reference, control = await self.sources.control(
+                body.control_reference, resolved, model, account.id
+            )
+            resolved = resolved.model_copy(update={"control": control})
+            inputs = {**inputs, "control_reference": reference}
         job = await run_in_threadpool(self.admission.admit, account, resolved, inputs, attempt)
         self.wake()
-        return job
-
-    async def _read_image(self, image: bytes | str) -> bytes:
-        if isinstance(image, bytes):
-            return image
-        try:
-            return await fetch(image, self.image_urls, self.limits.max_body_bytes)
-        except UrlRefused as error:
-            raise InvalidRequest("input_reference", f"input_reference: {error}") from error
-
-    async def _read_source(self, video: bytes | str | None, account_id: str) -> SourceVideo:
-        if video is None:
-            raise InvalidRequest("video", "video is required: a file, or the id of a video")
-        if isinstance(video, str):
-            job = await run_in_threadpool(self._find_finished, video, account_id)
-            video = await run_in_threadpool(self.store.get, rendition_key(job.id, Rendition.VIDEO))
-        async with self.decoding:
-            return await run_in_threadpool(read_source, video, self.limits)
-
-    def _find_finished(self, video_id: str, account_id: str) -> Job:
-        with single_reader(self.engine).begin() as connection:
-            job = get_job(connection, video_id, account_id)
-        if job.video_key is None:
-            raise VideoNotReady(job.id, job.state)
         return job
 
     def _answer(self, job: Job) -> JSONResponse:

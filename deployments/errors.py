@@ -28,6 +28,7 @@ from media.encode import MediaEncodingFailed
 from media.object_store import ObjectNotFound
 from models.catalog import ModelNotFound
 from models.checkpoint import CheckpointUnusable
+from models.control import ControlDoesNotFit
 from models.licence import LicenceForbids
 from models.lora import LoraDoesNotFit
 from models.memory import OutOfMemory
@@ -118,6 +119,7 @@ ANSWERS: dict[type[Exception], Answer] = {
     VideoFailed: STAGE_FAILED,
     MediaEncodingFailed: STAGE_FAILED,
     LicenceForbids: STAGE_FAILED,
+    ControlDoesNotFit: STAGE_FAILED,
     LoraDoesNotFit: STAGE_FAILED,
     NotRecognised: STAGE_FAILED,
     WeightsDamaged: STAGE_FAILED,

@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from media.renditions import MEDIA_TYPES
-from models.request import Scheduler
+from models.request import ControlKind, Scheduler
 
 STRING, NUMBER, INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
 FILE = {"type": "string", "format": "binary"}
@@ -36,6 +36,20 @@ SETTINGS: dict[str, Any] = {
             "type": "object",
             "required": ["name"],
             "properties": {"name": STRING, "weight": NUMBER},
+        },
+    },
+    "control": {
+        "type": "object",
+        "required": ["type"],
+        "properties": {
+            "type": {"type": "string", "enum": list(ControlKind)},
+            "scale": {**NUMBER, "minimum": 0, "maximum": 2},
+            "start": {**NUMBER, "minimum": 0, "maximum": 1},
+            "end": {**NUMBER, "minimum": 0, "maximum": 1},
+            "preprocess": {"type": "boolean"},
+            "frames": {"type": "array", "items": INTEGER},
+            "image": STRING,
+            "video": STRING,
         },
     },
     "scheduler": {"type": "string", "enum": list(Scheduler)},
@@ -142,6 +156,6 @@ def _body(required: tuple[str, ...], **files: Any) -> dict[str, Any]:
     }
 
 
-CREATE_BODY = _body(("prompt",), input_reference=FILE, crop=CROP)
-REMIX_BODY = _body(("prompt",), input_reference=FILE, crop=CROP)
-DERIVE_BODY = _body(("prompt", "video"), video=FILE, strength=NUMBER)
+CREATE_BODY = _body(("prompt",), input_reference=FILE, crop=CROP, control_reference=FILE)
+REMIX_BODY = CREATE_BODY
+DERIVE_BODY = _body(("prompt", "video"), video=FILE, strength=NUMBER, control_reference=FILE)

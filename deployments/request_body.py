@@ -29,6 +29,7 @@ class CreateBody:
     """The given fields under their own names, model and files apart.
 
     image: bytes, or the URL where they are. video: bytes, or the id of a video made here.
+    control_reference: any of these.
     """
 
     model: str | None
@@ -36,6 +37,7 @@ class CreateBody:
     image: bytes | str | None = None
     crop: CropBox | None = None
     video: bytes | str | None = None
+    control_reference: bytes | str | None = None
 
     def resolve(self, model: Model, limits: LimitsConfig) -> VideoRequest:
         """The complete request for a model; InvalidRequest names the faulty field."""
@@ -77,15 +79,17 @@ async def read_create_body(request: Request, *, derived: bool = False) -> Create
     for name in () if derived else ("video", "strength"):
         if name in fields:
             raise InvalidRequest(name, f"{name} is a field of /v1/videos/edits and /extensions")
+    control_reference = _read_control(fields)
     model = fields.pop("model", None)
     if model is not None and not isinstance(model, str):
         raise InvalidRequest("model", "model must be a string")
     return CreateBody(
         model,
         fields,
-        _read_image(fields.pop("input_reference", None)),
+        _read_image("input_reference", fields.pop("input_reference", None)),
         _read_crop(fields.pop("crop", None)),
-        _read_video(fields.pop("video", None)),
+        _read_video("video", fields.pop("video", None)),
+        control_reference,
     )
 
 
@@ -112,9 +116,8 @@ async def _read_form(request: Request) -> dict[str, Any]:
     return nest_brackets(items)
 
 
-def _read_image(value: Any) -> bytes | str | None:
+def _read_image(param: str, value: Any) -> bytes | str | None:
     """The bytes of an uploaded file or of a data URL, or a URL; also as {"image_url": ...}."""
-    param = "input_reference"
     if isinstance(value, list):
         if len(value) != 1:
             raise InvalidRequest(param, f"{param} takes one image")
@@ -138,16 +141,61 @@ def _read_image(value: Any) -> bytes | str | None:
         raise InvalidRequest(param, f"{param} is not valid base64") from error
 
 
-def _read_video(value: Any) -> bytes | str | None:
+def _read_control(fields: dict[str, Any]) -> bytes | str | None:
+    """Make `control` what VideoRequest has, and take out what it refers to.
+
+    Given as a name, or as {"type", "scale", "start", "end", "preprocess", "frames"}; there, as
+    "image" or "video", may also be what is otherwise in control_reference.
+    """
+    value, reference = fields.pop("control", None), fields.pop("control_reference", None)
+    if value is None:
+        if reference is not None:
+            message = 'control is required: what control_reference is, as {"type": "canny"}'
+            raise InvalidRequest("control", message)
+        return None
+    if isinstance(value, str) and value.startswith("{"):
+        value = parse_json("control", value)
+    control = {"type": value} if isinstance(value, str) else value
+    if not isinstance(control, dict):
+        raise InvalidRequest("control", "control must be a name or an object")
+    known = {"type", "scale", "start", "end", "preprocess", "frames", "image", "video"}
+    for name in control:
+        if name not in known:
+            raise InvalidRequest("control", f"control takes no {name}; it takes {sorted(known)}")
+    found = [
+        _read_image("control", control.pop("image", None)),
+        _read_video("control", control.pop("video", None)),
+        _read_reference(reference),
+    ]
+    given = [source for source in found if source is not None]
+    if len(given) != 1:
+        message = "control_reference is required, once: a file, a URL, or the id of a video"
+        raise InvalidRequest("control_reference", message)
+    if "type" not in control:
+        raise InvalidRequest("control", "control: type is required")
+    fields["control"] = control
+    return given[0]
+
+
+def _read_reference(value: Any) -> bytes | str | None:
+    """An image or a video."""
+    if isinstance(value, str) and re.fullmatch(r"[\w-]{1,100}", value, re.ASCII) is not None:
+        return value
+    if isinstance(value, dict) and set(value) == {"id"}:
+        return _read_video("control_reference", value)
+    return _read_image("control_reference", value)
+
+
+def _read_video(param: str, value: Any) -> bytes | str | None:
     """An uploaded file, or the id of a video, also as {"id": ...}."""
     if isinstance(value, str) and value.startswith("{"):
-        value = parse_json("video", value)
+        value = parse_json(param, value)
     if isinstance(value, dict):
         value = value.get("id") if set(value) == {"id"} else value
     if value is None or isinstance(value, bytes):
         return value
     if not isinstance(value, str) or re.fullmatch(r"[\w-]{1,100}", value, re.ASCII) is None:
-        raise InvalidRequest("video", "video must be a file or the id of a video")
+        raise InvalidRequest(param, f"{param} must be a file or the id of a video")
     return value
 
 

@@ -22,13 +22,13 @@ FIELDS = frozenset(
         "fps", "f_patch_size", "num_steps", "guidance_scale", "flow_shift", "motion_strength",
         "min_guidance_scale", "motion_bucket_id", "noise_aug_strength", "true_cfg_scale",
         "scheduler", "loras", "seed", "input_reference", "crop", "tags", "user", "strength",
-        "video",
+        "video", "control", "control_reference",
     }
 )  # fmt: skip
 # What peers take and nothing here does: refused by name, rather than dropped, as they do.
 UNSUPPORTED = frozenset(
     {
-        "control", "control_reference", "control_type", "guidance_scale_2",
+        "control_type", "guidance_scale_2",
         "boundary_ratio", "frame_interpolation_exp", "quality", "task_type",
         "frame_interpolation_scale", "sound_duration", "video_reference", "audio_reference",
         "input_references", "output_quality", "output_compression", "upscaling_scale",

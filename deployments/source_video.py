@@ -29,24 +29,37 @@ class SourceVideo:
         return max(1, round(self.num_frames * fps / self.shape.fps))
 
 
-def read_source(content: bytes, limits: LimitsConfig) -> SourceVideo:
-    """Decode it once, in a child process; InvalidRequest for what can't be used."""
+def is_video(content: bytes) -> bool:
+    """Whether it is a container of one, rather than an image."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video"
+        path.write_bytes(content)
+        try:
+            read_shape(path)
+        except VideoUnreadable:
+            return False
+    return True
+
+
+def read_source(content: bytes, limits: LimitsConfig, param: str = "video") -> SourceVideo:
+    """Decode it once, in a child process; InvalidRequest, naming param, for what can't be used."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video"
         path.write_bytes(content)
         try:
             return _read(path, content, limits)
         except VideoUnreadable as error:
-            raise InvalidRequest("video", f"video: {error}") from error
+            raise InvalidRequest(param, f"{param}: {error}") from error
 
 
 def _read(path: Path, content: bytes, limits: LimitsConfig) -> SourceVideo:
+    """VideoUnreadable."""
     shape = read_shape(path)
     if shape.width * shape.height > limits.image.max_pixels:
-        raise InvalidRequest("video", f"video: more than {limits.image.max_pixels} pixels")
+        raise VideoUnreadable(f"more than {limits.image.max_pixels} pixels")
     even = VideoShape(shape.width - shape.width % 2, shape.height - shape.height % 2, shape.fps)
     if not even.width or not even.height:
-        raise InvalidRequest("video", "video: its picture is too small")
+        raise VideoUnreadable("its picture is too small")
     first: NDArray[np.uint8] | None = None
     last: NDArray[np.uint8] | None = None
     num_frames = 0
@@ -61,10 +74,9 @@ def _read(path: Path, content: bytes, limits: LimitsConfig) -> SourceVideo:
         last = chunk[-1].copy()
         num_frames += len(chunk)
     if first is None or last is None:
-        raise InvalidRequest("video", "video: it has no frames")
+        raise VideoUnreadable("it has no frames")
     if num_frames > limits.max_source_frames:
-        message = f"video: more than {limits.max_source_frames} frames"
-        raise InvalidRequest("video", message)
+        raise VideoUnreadable(f"more than {limits.max_source_frames} frames")
     return SourceVideo(content, even, num_frames, _png(first), _png(last))
 
 

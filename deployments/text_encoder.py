@@ -1,9 +1,11 @@
 """The stage that turns words and start image into Conditioning."""
 
 import asyncio
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -11,12 +13,16 @@ from numpy.typing import NDArray
 
 from deployments.config import EncoderConfig
 from deployments.messages import Encoded
-from media.decode import read_all_frames
+from media.decode import read_all_frames, read_shape
+from media.edges import find_edges
 from media.object_store import ObjectStore
 from models.catalog import Model
 from models.embeddings import EmbeddingCache
 from models.memory import within_memory
 from models.request import VideoRequest
+from models.start_image import decode_png
+
+PNG = b"\x89PNG"
 
 
 class TextEncoder:
@@ -54,6 +60,13 @@ class TextEncoder:
             self.encoders[request.model].encode, request, image, frames, embeddings
         )
         conditioning = within_memory(request.model, encode)
+        if request.control is not None:
+            encoder: Any = self.encoders[request.model]
+            pictures = self._read_control(request)
+            control = within_memory(
+                request.model, lambda: encoder.encode_control(request, pictures, embeddings)
+            )
+            conditioning = dataclasses.replace(conditioning, control=control)
         return Encoded(
             ray.put(conditioning),
             conditioning.num_tokens,
@@ -61,7 +74,21 @@ class TextEncoder:
             embeddings.num_made > 0,
         )
 
-    def _read_frames(self, request: VideoRequest, content: bytes) -> NDArray[np.uint8]:
+    def _read_control(self, request: VideoRequest) -> NDArray[np.uint8]:
+        """uint8 [F, H, W, 3], a picture for each frame that is led; one image is for all."""
+        assert request.control is not None
+        assert request.control_reference is not None
+        content = self.store.get(request.control_reference)
+        if content.startswith(PNG):
+            pictures = decode_png(content)[None]
+        else:
+            pictures = self._read_frames(request, content, at_own_rate=True)
+        return find_edges(pictures) if request.control.preprocess else pictures
+
+    def _read_frames(
+        self, request: VideoRequest, content: bytes, *, at_own_rate: bool = False
+    ) -> NDArray[np.uint8]:
+        """At the rate of the request, or each frame of the file as it is."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "video"
             path.write_bytes(content)
@@ -69,6 +96,6 @@ class TextEncoder:
                 path,
                 width=request.width,
                 height=request.height,
-                fps=request.fps,
+                fps=read_shape(path).fps if at_own_rate else request.fps,
                 max_frames=request.num_frames,
             )

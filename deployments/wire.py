@@ -62,7 +62,7 @@ def video_json(job: Job, model: Model | None) -> dict[str, Any]:
             include={"prompt", "negative_prompt", "num_frames", "fps", "f_patch_size"}
             | {"num_steps", "guidance_scale", "flow_shift", "motion_strength", "strength"}
             | {"min_guidance_scale", "motion_bucket_id", "noise_aug_strength", "true_cfg_scale"}
-            | {"scheduler", "loras"}
+            | {"scheduler", "loras", "control"}
             | {"seed", "tags", "user"},
             warnings=False,  # of what a newer version may have written
         ),
@@ -155,8 +155,13 @@ def model_json(offer: Offer, plans: PlanTable) -> dict[str, Any]:
         "plans": may_use,
         "inputs": {
             "prompt": manifest.family not in WITHOUT_PROMPT,
-            "input_reference": spec.start_image,
+            "input_reference": model.start_image,
             "video": spec.source_video,
+            "control": {
+                kind: {"id": net.id, "frames": "some" if net.is_sparse else "all"}
+                for net in model.controls[::-1]
+                for kind in net.kinds
+            },
         },
         "frames": {
             "min": manifest.min_frames,

@@ -102,7 +102,7 @@ class AnimateDiffEncoder:
     ) -> FloatArray:
         """Pixels [3, F, H, W] in 0..1, or latents [C, F, H, W]: as the network takes them."""
         assert request.control is not None
-        net = self.model.control_net(request.control.kind)
+        net = self.model.control_net(request.control.type)
         if not net.is_sparse:
             frames = frames[np.minimum(np.arange(request.num_frames), len(frames) - 1)]
         return self._encode_pictures(net, frames, embeddings or no_embeddings())

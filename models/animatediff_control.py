@@ -42,7 +42,7 @@ def nets_of(model: Model, request: VideoRequest) -> list[ControlNet]:
     if request.start_image is not None and model.start_control is not None:
         nets.append(model.start_control)
     if request.control is not None:
-        nets.append(model.control_net(request.control.kind))
+        nets.append(model.control_net(request.control.type))
     return nets
 
 
@@ -56,7 +56,7 @@ def leads_of(
         leads.append(Lead(net, conditioning.start, FIRST_FRAME, net.default_scale))
     control, pictures = request.control, conditioning.control
     if control is not None and pictures is not None and control.acts_in(step, request.num_steps):
-        net = model.control_net(control.kind)
+        net = model.control_net(control.type)
         frames = control.frames if net.is_sparse else None
         leads.append(Lead(net, pictures, frames, control.scale))
     return leads

@@ -221,18 +221,18 @@ class Model:
         scales: dict[str, float] = {
             kind: net.default_scale for net in self.controls[::-1] for kind in net.kinds
         }
-        scale = scales.get(control.get("kind", ""))
+        scale = scales.get(str(control.get("type")))
         return control if scale is None else {"scale": scale, **control}
 
     def _check_control(self, request: VideoRequest) -> None:
         control = request.control
         if control is None:
             return
-        net = self.control_net(control.kind)
+        net = self.control_net(control.type)
         if control.start >= control.end:
             raise InvalidRequest("control", "control: start must be less than end")
-        if control.preprocess and control.kind is not ControlKind.CANNY:
-            message = f"control: only canny is made here; give {control.kind} as pictures"
+        if control.preprocess and control.type is not ControlKind.CANNY:
+            message = f"control: only canny is made here; give {control.type} as pictures"
             raise NotSupported("control", message)
         if net.f_patch_sizes is not None and request.f_patch_size not in net.f_patch_sizes:
             sizes = ", ".join(map(str, net.f_patch_sizes))
@@ -241,7 +241,7 @@ class Model:
         if control.frames is None:
             return
         if not net.is_sparse:
-            raise NotSupported("control", f"control: {control.kind} leads every frame")
+            raise NotSupported("control", f"control: {control.type} leads every frame")
         in_order = sorted(set(control.frames))
         if list(control.frames) != in_order or in_order[-1] >= request.num_frames:
             message = f"control: frames must be in order, and of 0 to {request.num_frames - 1}"

@@ -53,10 +53,10 @@ class Control(BaseModel, frozen=True, extra="forbid"):
 
     frames: which frames it has pictures of, None: all. scale: times what the control network says;
     start, end: the share of the steps in which it does. preprocess: whether the pictures of that
-    kind are made of the reference here.
+    type are made of the reference here.
     """
 
-    kind: ControlKind
+    type: ControlKind
     scale: float = Field(1.0, ge=0, le=2)
     start: float = Field(0.0, ge=0, le=1)
     end: float = Field(1.0, ge=0, le=1)

@@ -168,7 +168,7 @@ class ZImageVideoDenoiser:
         weights = sum(weight.numel() for weight in self.transformer.layers.parameters())
         num_layers = config.n_layers
         if request.control is not None:
-            control = self.controls[self.model.control_net(request.control.kind).id]
+            control = self.controls[self.model.control_net(request.control.type).id]
             weights += control.own_parameters
             num_layers += control.num_layers
         activations = float(tokens * config.dim)
@@ -275,7 +275,7 @@ class ZImageVideoDenoiser:
             return None
         if not control.acts_in(state.step, state.num_steps):
             return None
-        net = self.controls[self.model.control_net(control.kind).id]
+        net = self.controls[self.model.control_net(control.type).id]
         return partial(
             net.samples,
             control=pictures,

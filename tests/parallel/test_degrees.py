@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench.ranks import run_ranks
-from models.catalog import load_model
+from models.catalog import Model, load_model
+from models.control import load_control_net
 from models.denoise import denoise, park, resume
-from models.request import VideoRequest
+from models.request import ControlKind, VideoRequest
 from models.spec import Use
 from models.stages import load_denoiser, load_encoder
 from models.weights import choose_device
 from parallel.mesh import MeshBuilder, aligned_groups
 from parallel.plan import ParallelPlan
+from training.random_checkpoint import write_random_checkpoint
+from training.random_controls import (
+    write_random_controlnet,
+    write_random_sparse_control,
+    write_random_z_image_control,
+)
 
 ALONE, TEXTS = ParallelPlan(), ParallelPlan(guidance=2)
 TOKENS, ALL = ParallelPlan(ulysses=2), ParallelPlan(guidance=2, ulysses=2)
@@ -39,22 +46,33 @@ OF_FRAMES = (
 
 @dataclass(frozen=True)
 class Course:
-    """A request of a checkpoint's, and on which ranks it makes which step."""
+    """A request of a checkpoint's, what may lead it, and on which ranks it makes which step."""
 
     folder: Path
     schedule: Sequence[tuple[ParallelPlan, tuple[int, ...]]]
     fields: dict[str, Any]
+    controls: Sequence[tuple[Path, ControlKind]] = ()
+
+    def model(self) -> Model:
+        nets = [load_control_net(folder, folder.name, (kind,)) for folder, kind in self.controls]
+        return replace(load_model(self.folder), controls=tuple(nets))
 
     def request(self) -> VideoRequest:
         fields = {"prompt": "a red circle", "seed": 7, "num_steps": len(self.schedule)}
-        return load_model(self.folder).resolve({**fields, **self.fields})
+        return self.model().resolve({**fields, **self.fields})
 
     def conditioning(self) -> Any:
-        model, request = load_model(self.folder), self.request()
+        model, request = self.model(), self.request()
         image = io.BytesIO()
         Image.new("RGB", (request.width, request.height), "red").save(image, "PNG")
-        takes_image = model.spec.start_image is Use.REQUIRED
-        return load_encoder(model).encode(request, image.getvalue() if takes_image else None)
+        encoder: Any = load_encoder(model)
+        takes_image = model.spec.start_image is Use.REQUIRED or model.start_control is not None
+        made = encoder.encode(request, image.getvalue() if takes_image else None)
+        if request.control is None:
+            return made
+        shape = (request.num_frames, request.height, request.width, 3)
+        frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        return replace(made, control=encoder.encode_control(request, frames))
 
 
 def follow(rank: int, courses: list[Course]) -> list[NDArray[np.float32]]:
@@ -64,7 +82,7 @@ def follow(rank: int, courses: list[Course]) -> list[NDArray[np.float32]]:
 
 def follow_one(rank: int, meshes: MeshBuilder, course: Course) -> NDArray[np.float32]:
     request, conditioning = course.request(), course.conditioning()
-    denoiser = load_denoiser(load_model(course.folder))
+    denoiser = load_denoiser(course.model())
     parked = park(denoiser.start(request, conditioning))
     for plan, ranks in course.schedule:
         if rank in ranks:
@@ -82,14 +100,32 @@ def alone(_rank: int, courses: list[Course]) -> list[NDArray[np.float32]]:
     """What one rank makes, with as many threads as each of several has: torch rounds by them."""
     found = []
     for course in courses:
-        denoiser = load_denoiser(load_model(course.folder))
+        denoiser = load_denoiser(course.model())
         *_, last = denoise(denoiser, course.request(), course.conditioning())
         found.append(last.latents.numpy())
     return found
 
 
+def led_courses(animatediff: Path, folder: Path) -> list[Course]:
+    """Every kind of control network; of Z-Image's, one speaks in the last layer and one before."""
+    courses = []
+    z_image = folder / "z-image"
+    z_image.mkdir()
+    write_random_checkpoint(z_image, dim=64, num_layers=3)
+    for refiner in (None, "control_noise_refiner", "control_layers"):
+        net = folder / f"z-image {refiner}"
+        write_random_z_image_control(z_image / "transformer", net, refiner=refiner)
+        fields = {"guidance_scale": 2.0, "num_frames": 5, "control": {"type": "canny"}}
+        courses.append(Course(z_image, OF_TOKENS, fields, [(net, ControlKind.CANNY)]))
+    write_random_controlnet(folder / "canny")
+    write_random_sparse_control(folder / "rgb")
+    nets = [(folder / "canny", ControlKind.CANNY), (folder / "rgb", ControlKind.RGB)]
+    fields = {"num_frames": 6, "control": {"type": "canny"}}
+    return [*courses, Course(animatediff, OF_FRAMES, fields, nets)]
+
+
 def test_every_degree_and_block_in_turn_ends_as_on_one_rank(
-    checkpoint: Path, random_family: Callable[[str], Path]
+    checkpoint: Path, random_family: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """SVD's noise has a deviation of 700, and so the rounding of its first steps."""
     guided = {"true_cfg_scale": 2.0, "num_frames": 9}
@@ -100,6 +136,7 @@ def test_every_degree_and_block_in_turn_ends_as_on_one_rank(
         Course(random_family("hunyuan-video-replace"), OF_TOKENS, guided),
         Course(random_family("animatediff"), OF_FRAMES, {"num_frames": 6, "scheduler": "lcm"}),
         Course(random_family("svd"), OF_FRAMES, {"num_frames": 5}),
+        *led_courses(random_family("animatediff"), tmp_path),
     ]
     made = run_ranks(len(EVERYONE), follow, courses)
     (expected,) = run_ranks(1, alone, courses)

@@ -101,7 +101,7 @@ def ask(model: Model, **fields: Any) -> VideoRequest:
 
 
 def led(kind: str = "canny", **fields: Any) -> dict[str, Any]:
-    return {"control": {"kind": kind, **fields}}
+    return {"control": {"type": kind, **fields}}
 
 
 @pytest.mark.parametrize("f_patch_size", [1, 2, 4])
@@ -347,7 +347,7 @@ def test_a_start_image_and_a_control_both_have_a_say(animatediff: Model) -> None
     ("family", "fields", "param", "told"),
     [
         ("z_image", led("pose"), "control", "no control of the type pose: canny, depth"),
-        ("z_image", led("cats"), "control.kind", "'canny'"),
+        ("z_image", led("cats"), "control.type", "'canny'"),
         ("z_image", led(scale=2.5), "control.scale", "less than or equal to 2"),
         ("z_image", led(start=0.5, end=0.5), "control", "start must be less than end"),
         ("z_image", led("depth", preprocess=True), "control", "only canny is made here"),

@@ -31,7 +31,7 @@ def test_known_names(given: dict[str, Any], fields: dict[str, Any]) -> None:
         ({"steps": 1, "num_steps": 1}, InvalidRequest, "num_steps"),
         ({"seed": 1, "extra_params": '{"seed": 1}'}, InvalidRequest, "seed"),
         ({"extra_params": "[]"}, InvalidRequest, "extra_params"),
-        ({"control": "{}"}, NotSupported, "control"),
+        ({"control_type": "canny"}, NotSupported, "control_type"),
         ({"n": 2}, NotSupported, "n"),
         ({"generate_sound": True}, NotSupported, "generate_sound"),
     ],
