@@ -94,12 +94,16 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.http.close()
 
-    def create(self, fields: dict[str, Any], image: Path | None = None) -> dict[str, Any]:
-        """Queue a video; the fields are those of POST /v1/videos."""
-        if image is None:
+    def create(
+        self, fields: dict[str, Any], image: Path | None = None, control: Path | None = None
+    ) -> dict[str, Any]:
+        """Queue a video; the fields are those of POST /v1/videos, image and control its files."""
+        given = {"input_reference": image, "control_reference": control}
+        files = {
+            name: (path.name, path.read_bytes()) for name, path in given.items() if path is not None
+        }
+        if not files:
             return self.call("POST", "/v1/videos", json=fields)
-        with image.open("rb") as file:
-            files = {"input_reference": (image.name, file.read())}
         form = {
             name: json.dumps(value) if isinstance(value, list | dict) else str(value)
             for name, value in fields.items()

@@ -49,6 +49,14 @@ def _parser() -> argparse.ArgumentParser:
         "--lora", type=_lora, action="append", dest="loras", metavar="NAME[=WEIGHT]"
     )
     command.add_argument("--image", type=Path, metavar="FILE", help="start from this picture")
+    command.add_argument("--control", metavar="TYPE", help="what the --control-file shows")
+    command.add_argument(
+        "--control-file", type=Path, metavar="FILE", help="lead the video by this picture or video"
+    )
+    command.add_argument("--control-scale", type=float, metavar="S", help="0 to 2")
+    command.add_argument(
+        "--find-edges", action="store_true", help="lead by the file's edges (--control canny)"
+    )
     command.set_defaults(run=_generate)
     add_account_commands(commands)
     # What is of use only where the server is installed, too: the client knows none of it.
@@ -63,13 +71,17 @@ def _lora(text: str) -> dict[str, Any]:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    fields: dict[str, Any] = {
-        name: value
-        for name, value in vars(arguments).items()
-        if name not in ("run", "out", "image") and value is not None
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    of_control = {
+        "type": given.pop("control", None),
+        "scale": given.pop("control_scale", None),
+        "preprocess": given.pop("find_edges") or None,
     }
+    control = {name: value for name, value in of_control.items() if value is not None}
+    files = {name: given.pop(name, None) for name in ("image", "control_file", "out")}
+    fields = {name: value for name, value in given.items() if name != "run"}
     with Client(find_server()) as client:
-        generate(client, fields, image=arguments.image, out=arguments.out)
+        generate(client, {**fields, **({"control": control} if control else {})}, **files)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def main() -> None:
         os.environ.pop("MUTOSCOPE_URL", None)
         os.environ.pop("MUTOSCOPE_API_KEY", None)
         with Client(find_server()) as client:
-            generate(client, {"prompt": prompt}, image=None, out=None)
+            generate(client, {"prompt": prompt})
     except (ApiError, GenerationFailed) as error:
         sys.exit(f"demo: {error}")
     finally:

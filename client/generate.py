@@ -30,11 +30,16 @@ class GenerationFailed(Exception):
 
 
 def generate(
-    client: Client, fields: dict[str, Any], *, image: Path | None, out: Path | None
+    client: Client,
+    fields: dict[str, Any],
+    *,
+    image: Path | None = None,
+    control_file: Path | None = None,
+    out: Path | None = None,
 ) -> Path:
     """Make a video and save it, by default as out/<video-id>.mp4; prints progress and cost."""
     started_s = time.monotonic()
-    video = client.create(fields, image)
+    video = client.create(fields, image, control_file)
     print(f"{video['id']}: {video['size']}, {video['num_frames']} frames, seed {video['seed']}")
     video = _show_progress(client, video["id"])
     if video["status"] != "completed":

@@ -16,14 +16,31 @@ from numpy.typing import NDArray
 from bench.clusters import Cluster, add_pair, running_cluster, shipped_config
 from client.client import Client, Event
 from training.random_checkpoint import write_random_checkpoint
+from training.random_controls import RANDOM_CONTROLS, write_random_z_image_control
 from training.random_families import RANDOM_FAMILIES, write_random_lora
 
 LEASE_S = 3.0
 
 
 @pytest.fixture(scope="session")
+def control_nets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of control networks, by what leads them; that of `depth` is for "pair"."""
+    folder = tmp_path_factory.mktemp("controls")
+    nets = {
+        "canny": RANDOM_CONTROLS["controlnet"],
+        "rgb": RANDOM_CONTROLS["sparse-rgb"],
+        "scribble": RANDOM_CONTROLS["sparse-scribble"],
+    }
+    for kind, write in nets.items():
+        write(folder / kind)
+    return {kind: folder / kind for kind in (*nets, "depth")}
+
+
+@pytest.fixture(scope="session")
 def config_path(
-    tmp_path_factory: pytest.TempPathFactory, random_family: Callable[[str], Path]
+    tmp_path_factory: pytest.TempPathFactory,
+    random_family: Callable[[str], Path],
+    control_nets: dict[str, Path],
 ) -> Path:
     """The shipped configuration with a shorter lease, so that a killed pipeline is soon missed, and
     with loopback open to webhooks and image URLs.
@@ -35,6 +52,7 @@ def config_path(
     random = folder / "random"
     random.mkdir()
     write_random_checkpoint(random, dim=128, num_layers=2)
+    write_random_z_image_control(random / "transformer", control_nets["depth"])
     config = shipped_config()
     guard = {"allow_http": True, "allowed_networks": ["127.0.0.0/8"]}
     config["applications"][0]["args"] |= {
@@ -56,6 +74,10 @@ def config_path(
     write_random_lora(folder / "ink.safetensors")
     config["applications"][0]["args"]["loras"] = [
         {"id": "ink", "path": str(folder / "ink.safetensors")}
+    ]
+    config["applications"][0]["args"]["controls"] = [
+        {"id": f"of {kind}", "path": str(net), "kinds": [kind]}
+        for kind, net in control_nets.items()
     ]
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
