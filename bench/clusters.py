@@ -15,11 +15,13 @@ from typing import Any
 
 import psutil
 import yaml
+from sqlalchemy import Connection
 
 from client.client import Client, Server
 from deployments.database import open_database, reader
 from jobs.events import events_after
-from jobs.job import JobEvent, JobId, Phase
+from jobs.job import Job, JobEvent, JobId, Phase
+from jobs.store import get_job
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_S = 20.0
@@ -61,11 +63,20 @@ class Cluster:
 
     def events(self, video_id: str) -> list[JobEvent]:
         """What its database was told of a video."""
+        with self._database() as connection:
+            return events_after(connection, JobId(video_id), 0)
+
+    def job(self, video_id: str) -> Job:
+        """The video's job, as its database has it."""
+        with self._database() as connection:
+            return get_job(connection, JobId(video_id))
+
+    @contextlib.contextmanager
+    def _database(self) -> Iterator[Connection]:
         engine = open_database(f"sqlite:///{self.home / 'mutoscope.db'}")
         with reader(engine).begin() as connection:
-            events = events_after(connection, JobId(video_id), 0)
+            yield connection
         engine.dispose()
-        return events
 
     def steps(self, video_id: str) -> list[tuple[int, float]]:
         """Its denoise steps, 0 where it began, and when they were told, in seconds since 1970."""

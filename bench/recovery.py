@@ -1,8 +1,10 @@
 """What each fault costs a video on two ranks: how soon it is found, and what is made again.
 
-`detect`: from the fault until another rank of the broken group has ended, which must not go on.
-`pause`: the longest time between two steps that the owner is told of. `again`: steps that were told
-twice. A hang is found by the time that steps take, everything else by the death of a process.
+`detect`: from the fault until another rank of the broken group has ended, which must not go on;
+where the ranks were not at fault, until the job is leased anew; where everything was killed, that
+is counted from when the new server is ready. `pause`: the longest time between two steps that the
+owner is told of. `again`: steps that were told twice. A hang is found by the time that steps take,
+a lost pipeline by its lease, everything else by the death of a process.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import psutil
 import yaml
 
 from bench.clusters import CHECKPOINT_STEPS, Cluster, add_pair, running_cluster, shipped_config
+from bench.lost_node import LostNode
 from bench.machine import describe_machine
 from training.random_checkpoint import write_random_checkpoint
 
@@ -28,6 +31,8 @@ NUM_STEPS = 40
 AT_STEP = 16  # with what the stream is behind, between two checkpoints
 FIELDS = {"prompt": "x", "model": "pair", "num_steps": NUM_STEPS, "num_frames": 29, "seed": 1}
 HANG_S = 1.0
+WAIT_S, POLL_S = 60.0, 0.01
+RANK_DIES = ("a rank killed", "the denoiser killed", "a node lost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +80,10 @@ FAULTS = (
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """Of one fault; detect_s is None where no group was left to end."""
+    """Of one fault."""
 
     fault: str
-    detect_s: float | None
+    detect_s: float
     pause_s: float
     steps_recomputed: int
     bit_equal: bool
@@ -126,20 +131,33 @@ class Bench:
         for event in self.cluster.client.follow(video_id):
             if _is_step(event.data) and event.data["step"] >= AT_STEP:
                 break
+        attempt = self.cluster.job(video_id).attempt
         left = fault.act(self.cluster)
         began_s = time.monotonic()
-        detect_s = None
-        if left:
-            psutil.wait_procs(left, 60)
-            detect_s = time.monotonic() - began_s
         if not self.cluster.process.is_running():
             self.start()
+            began_s = time.monotonic()
+        if left:
+            psutil.wait_procs(left, WAIT_S)
+        else:
+            while self.cluster.job(video_id).attempt == attempt:
+                if time.monotonic() - began_s > WAIT_S:
+                    raise TimeoutError(f"nobody has leased {video_id} again")
+                time.sleep(POLL_S)
+        detect_s = time.monotonic() - began_s
         for _ in self.cluster.client.follow(video_id):
             pass
         told = [(step, at_s) for step, at_s in self.cluster.steps(video_id) if step]
         pause_s = max(after - before for (_, before), (_, after) in pairwise(told))
         again = len(told) - len({step for step, _ in told})
         return Recovery(fault.name, detect_s, pause_s, again, self.content(video_id) == expected)
+
+
+def lose_node(folder: Path) -> Recovery:
+    """Of a group that has a rank on each of two nodes."""
+    lost = LostNode(folder / "random", folder / "of_nodes", CHECKPOINT_STEPS)
+    fields = {name: value for name, value in FIELDS.items() if name != "model"}
+    return Recovery("a node lost", *lost.recover(fields, AT_STEP))
 
 
 def _is_step(data: dict[str, Any]) -> bool:
@@ -155,20 +173,20 @@ def main() -> None:
         with bench.ending:
             expected = bench.undisturbed()
             found = [bench.recover(fault, expected) for fault in FAULTS]
+        found.append(lose_node(Path(folder)))
     print(f"{'':22}{'detect s':>9}{'pause s':>9}{'again':>12}{'bit-equal':>10}")
     for recovery in found:
-        detect = "-" if recovery.detect_s is None else f"{recovery.detect_s:.2f}"
         print(
-            f"{recovery.fault:22}{detect:>9}{recovery.pause_s:9.1f}"
+            f"{recovery.fault:22}{recovery.detect_s:9.2f}{recovery.pause_s:9.1f}"
             f"{recovery.steps_recomputed:12}{'yes' if recovery.bit_equal else 'NO':>10}"
         )
     print(f"a checkpoint every {CHECKPOINT_STEPS} steps; a hang is one after {HANG_S} s at least")
     figures = {
-        "detect_s_max": max(round(r.detect_s, 3) for r in found if r.detect_s is not None),
+        "detect_s_max": max(round(r.detect_s, 3) for r in found if r.fault in RANK_DIES),
         "steps_recomputed_max": max(recovery.steps_recomputed for recovery in found),
         "bit_equal": all(recovery.bit_equal for recovery in found),
         "faults": len(found),
-        "detect_s": {r.fault: round(r.detect_s, 3) for r in found if r.detect_s is not None},
+        "detect_s": {recovery.fault: round(recovery.detect_s, 3) for recovery in found},
         "checkpoint_steps": CHECKPOINT_STEPS,
     }
     print(json.dumps(figures))

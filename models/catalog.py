@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import BaseModel, Field, ValidationError
 
-from models.families import FIELDS_OF_FAMILIES, LCM_STEPS, SVD_FAMILIES
+from models.families import FIELDS_OF_FAMILIES, LCM_STEPS, SCHEDULERS, SVD_FAMILIES
 from models.request import (
     ControlKind,
     InvalidRequest,
@@ -269,7 +269,13 @@ class Model:
                     "size",
                     f"{param} must be {spec.size_multiple} to {manifest.max_side}, not {side}",
                 )
-        if (request.scheduler or spec.scheduler) is Scheduler.LCM and request.num_steps > LCM_STEPS:
+        known = SCHEDULERS.get(manifest.family, ())
+        if request.scheduler is not None and request.scheduler not in known:
+            message = f"scheduler must be one of {', '.join(known)} for {self.id}"
+            raise InvalidRequest("scheduler", message)
+        by_lcm = (request.scheduler or spec.scheduler) is Scheduler.LCM
+        is_distilled = manifest.family is ModelFamily.ANIMATEDIFF
+        if by_lcm and is_distilled and request.num_steps > LCM_STEPS:
             raise InvalidRequest("num_steps", f"num_steps must be at most {LCM_STEPS} with lcm")
         if request.width * request.height > manifest.max_area:
             raise InvalidRequest("size", f"width x height must be at most {manifest.max_area}")

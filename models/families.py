@@ -6,7 +6,7 @@ Stable Video Diffusion's and HunyuanVideo's model cards, and this project's plan
 
 from dataclasses import dataclass
 
-from models.request import ModelFamily
+from models.request import ModelFamily, Scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,11 @@ FIELDS_OF_FAMILIES: dict[str, set[ModelFamily]] = {
     "motion_bucket_id": SVD_FAMILIES,
     "noise_aug_strength": SVD_FAMILIES,
     "true_cfg_scale": {ModelFamily.HUNYUAN_VIDEO},
-    "scheduler": {ModelFamily.ANIMATEDIFF},
+    "scheduler": {ModelFamily.ANIMATEDIFF, ModelFamily.Z_IMAGE_VIDEO},
+}
+SCHEDULERS = {
+    ModelFamily.ANIMATEDIFF: (Scheduler.DDIM, Scheduler.EULER, Scheduler.LCM),
+    ModelFamily.Z_IMAGE_VIDEO: (Scheduler.EULER, Scheduler.HEUN, Scheduler.LCM),
 }
 WITHOUT_PROMPT = SVD_FAMILIES
 LCM_STEPS = 50  # the schedule that LCM was distilled from has no more to choose from

@@ -24,6 +24,7 @@ class Scheduler(StrEnum):
 
     DDIM = "ddim"
     EULER = "euler"
+    HEUN = "heun"
     LCM = "lcm"
 
 

@@ -4,7 +4,6 @@ Follows `diffusers.ZImagePipeline` (text, velocity sign, timestep) with a frame 
 frame's clean latent is held in place at every step, as the model was trained.
 """
 
-import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,10 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
-from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
-    FlowMatchEulerDiscreteScheduler,
-)
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -26,8 +21,10 @@ from models.catalog import Model
 from models.conditioning import FloatArray, ZImageConditioning
 from models.denoise import first_step
 from models.embeddings import Embeddings, digest, no_embeddings
+from models.flow_schedules import FlowSchedules
 from models.lora_layers import LoraLayers
-from models.request import VideoRequest
+from models.request import Scheduler, VideoRequest
+from models.schedulers import advance, begin_at
 from models.start_image import pad_frames, pad_start_image
 from models.tensors import DenoiseState, Frames
 from models.tiles import Box, stream_frames
@@ -145,9 +142,7 @@ class ZImageVideoDenoiser:
             ZImageTransformer2DModel, model.folder / "transformer", self.dtype, self.device
         )
         self.loras = LoraLayers(self.transformer, model.loras)
-        self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
-            model.folder / "scheduler", local_files_only=True
-        )
+        self.schedules = FlowSchedules(model.folder)
         self.sharding = shard_z_image(self.transformer)
         self.controls = {
             net.id: ZImageControl(net, self.transformer, self.sharding) for net in model.controls
@@ -171,14 +166,15 @@ class ZImageVideoDenoiser:
             control = self.controls[self.model.control_net(request.control.type).id]
             weights += control.own_parameters
             num_layers += control.num_layers
+        num_passes = num_texts * (2 if request.scheduler is Scheduler.HEUN else 1)
         activations = float(tokens * config.dim)
         return TokenShape(
             num_texts=num_texts,
             num_tokens=tokens,
             num_heads=config.n_heads,
             num_layers=num_layers,
-            linear_flops=num_texts * 2.0 * weights * tokens,
-            attention_flops=num_texts * 4.0 * num_layers * tokens * activations,
+            linear_flops=num_passes * 2.0 * weights * tokens,
+            attention_flops=num_passes * 4.0 * num_layers * tokens * activations,
             activation_bytes=activations * self.dtype.itemsize,
             latent_bytes=4.0 * config.in_channels * frames * height * width,
         )
@@ -196,7 +192,7 @@ class ZImageVideoDenoiser:
         if conditioning.source_latents is None or request.strength is None:
             return DenoiseState(noise, 0, request.num_steps, generator.get_state())
         first = first_step(request)
-        sigma = float(self._schedule(request).sigmas[first])
+        sigma = float(self.schedules.schedule(request, self.device).sigmas[first])
         source = torch.tensor(conditioning.source_latents, device=self.device)[None]
         mixed = (1.0 - sigma) * source + sigma * noise
         return DenoiseState(mixed, first, request.num_steps, generator.get_state())
@@ -204,17 +200,18 @@ class ZImageVideoDenoiser:
     def step(
         self, request: VideoRequest, conditioning: ZImageConditioning, state: DenoiseState
     ) -> DenoiseState:
-        """One Euler step."""
+        """One step."""
         return self.step_all([request], [conditioning], [state])[0]
 
     def batch(self, request: VideoRequest) -> Hashable | None:
         """The size of the latents, of their patches, and the LoRAs; texts may differ in length.
 
-        What is led makes its steps alone.
+        What is led, or steps by Heun's method, makes its steps alone.
         """
-        if request.control is not None:
+        if request.control is not None or request.scheduler is Scheduler.HEUN:
             return None
-        return (*self.model.spec.latent_size(request), request.f_patch_size, request.loras)
+        size = self.model.spec.latent_size(request)
+        return *size, request.f_patch_size, request.loras
 
     @torch.inference_mode()
     def step_all(
@@ -223,21 +220,53 @@ class ZImageVideoDenoiser:
         conditionings: Sequence[ZImageConditioning],
         states: Sequence[DenoiseState],
     ) -> list[DenoiseState]:
-        """One Euler step of each; one rank makes all of their texts as one batch.
+        """One step of each; one rank makes all of their texts as one batch.
 
         Several ranks take one request, and each text by itself, without padding.
         """
         self.loras.use(requests[0].loras)
-        held, rows = [], []
-        for request, conditioning, state in zip(requests, conditionings, states, strict=True):
-            scheduler = self._schedule(request)
-            scheduler.set_begin_index(state.step)
-            timestep = scheduler.timesteps[state.step]
-            latents = _hold_start_frame(state.latents, conditioning)
-            held.append((scheduler, timestep, latents))
-            time = float((1000 - timestep) / 1000)
-            rows += [Row(latents[0], time, text) for text in _texts(conditioning)]
+        schedules = [self.schedules.schedule(request, self.device) for request in requests]
+        held = [
+            _hold_start_frame(state.latents, conditioning)
+            for state, conditioning in zip(states, conditionings, strict=True)
+        ]
+        times = [
+            begin_at(schedule, state.step)
+            for schedule, state in zip(schedules, states, strict=True)
+        ]
         lead = self._lead(requests[0], conditionings[0], states[0])
+        velocities = self._velocities(requests, conditionings, held, times, lead)
+        made = []
+        for request, told, state, schedule, time, latents, velocity in zip(
+            requests, conditionings, states, schedules, times, held, velocities, strict=True
+        ):
+            slope = velocity
+            if request.scheduler is Scheduler.HEUN and state.step + 1 < state.num_steps:
+                sigma, after = schedule.sigmas[state.step : state.step + 2]
+                ahead = _hold_start_frame(latents - (after - sigma) * velocity, told)
+                later = [schedule.timesteps[state.step + 1]]
+                (second,) = self._velocities([request], [told], [ahead], later, lead)
+                slope = (velocity + second) / 2
+            stepped = advance(schedule, -slope, time, latents, state)
+            made.append(replace(stepped, latents=_hold_start_frame(stepped.latents, told)))
+        return made
+
+    def _velocities(
+        self,
+        requests: Sequence[VideoRequest],
+        conditionings: Sequence[ZImageConditioning],
+        latents: Sequence[Tensor],
+        timesteps: Sequence[Tensor],
+        lead: Lead | None,
+    ) -> list[Tensor]:
+        """Of each request [1, C, F, H, W], guided."""
+        rows = [
+            Row(of_request[0], float((1000 - timestep) / 1000), text)
+            for conditioning, of_request, timestep in zip(
+                conditionings, latents, timesteps, strict=True
+            )
+            for text in _texts(conditioning)
+        ]
         f_patch_size = requests[0].f_patch_size
         if self.mesh.degree == 1:
             outputs = self._predict(rows, f_patch_size, lead)
@@ -245,26 +274,14 @@ class ZImageVideoDenoiser:
             outputs = predict_each(
                 self.mesh.guidance, rows, lambda row: self._predict([row], f_patch_size, lead)[0]
             )
-        made = []
-        for request, conditioning, state, (scheduler, timestep, latents) in zip(
-            requests, conditionings, states, held, strict=True
-        ):
+        velocities = []
+        for request, conditioning in zip(requests, conditionings, strict=True):
             velocity = outputs.pop(0)[None].float()
             if conditioning.negative is not None:
                 negative = outputs.pop(0)[None].float()
                 velocity = velocity + (request.guidance_scale - 1) * (velocity - negative)
-            latents = scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
-            latents = _hold_start_frame(latents, conditioning)
-            made.append(replace(state, latents=latents, step=state.step + 1))
-        return made
-
-    def _schedule(self, request: VideoRequest) -> FlowMatchEulerDiscreteScheduler:
-        scheduler = copy.deepcopy(self.scheduler)
-        if request.flow_shift is not None:
-            scheduler.set_shift(request.flow_shift)
-        sigmas = get_default_z_image_sigmas(request.num_steps)
-        scheduler.set_timesteps(sigmas=sigmas, device=self.device)
-        return scheduler
+            velocities.append(velocity)
+        return velocities
 
     def _lead(
         self, request: VideoRequest, conditioning: ZImageConditioning, state: DenoiseState

@@ -69,6 +69,7 @@ IMAGE = {"input_reference": ("start.png", png(64, 64), "image/png")}
         ("hunyuan-video", {"prompt": "x"}, True, "input_reference"),
         ("hunyuan-video-concat", {"prompt": "x"}, False, "input_reference"),
         ("hunyuan-video", {"prompt": "x", "noise_aug_strength": "1"}, False, "noise_aug_strength"),
+        ("z-image-video", {"prompt": "x", "scheduler": "ddim"}, False, "scheduler"),
         ("z-image-video", {"prompt": "x", "true_cfg_scale": "2"}, False, "true_cfg_scale"),
     ],
 )

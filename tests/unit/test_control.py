@@ -178,7 +178,7 @@ def test_a_led_image_equals_that_of_the_upstream_pipeline_to_the_bit(
     denoiser: Any = load_denoiser(model)
     upstream = stock_pipelines.prepared(
         ZImageControlNetPipeline(
-            scheduler=denoiser.scheduler,
+            scheduler=denoiser.schedules.euler,
             vae=AutoencoderKL.from_pretrained(folder / "vae"),
             text_encoder=encoder.text_encoder,
             tokenizer=encoder.tokenizer,

@@ -84,7 +84,7 @@ def test_an_image_equals_that_of_the_upstream_pipeline_to_the_bit(
         num_frames=1, num_steps=5, guidance_scale=guidance_scale, negative_prompt="blurred"
     )
     upstream = ZImagePipeline(
-        scheduler=denoiser.scheduler,
+        scheduler=denoiser.schedules.euler,
         vae=None,
         text_encoder=encoder.text_encoder,
         tokenizer=encoder.tokenizer,
@@ -260,7 +260,7 @@ def test_flow_shift_moves_the_noise_levels(
         *_, state = denoise(denoiser, a_request(**fields), conditioning)
         return state.latents.numpy()
 
-    as_shipped = float(denoiser.scheduler.config.shift)
+    as_shipped = float(denoiser.schedules.euler.config.shift)
     np.testing.assert_array_equal(last(), last(flow_shift=as_shipped))
     assert np.abs(last() - last(flow_shift=1.0)).max() > 0
 
