@@ -104,7 +104,7 @@ def straight_loop(
     @torch.inference_mode()
     def run(after_step: Callable[[], None]) -> None:
         latents = denoiser.start(request, conditioning).latents.clone()
-        scheduler = denoiser._schedule(request)
+        scheduler = denoiser.schedules.schedule(request, denoiser.device)
         for timestep in scheduler.timesteps:
             time_left = ((1000 - timestep) / 1000).expand(2)
             two = [latents[0], latents[0]]
