@@ -17,6 +17,7 @@ from deployments.estimate import make_estimate
 from deployments.idempotency import Attempt, read_attempt
 from deployments.openapi import CREATE_BODY, DERIVE_BODY, REMIX_BODY, SYNC_ANSWERS
 from deployments.progress import EventFeed
+from deployments.remix import kept_fields
 from deployments.request_body import CreateBody, parse_fps, read_create_body
 from deployments.source_video import SourceVideo
 from deployments.sources import Sources
@@ -24,17 +25,9 @@ from deployments.url_guard import UrlGuardConfig
 from deployments.wire import POLL_AFTER_MS, STATUSES, quote_json, video_json
 from jobs.job import Job, JobState
 from media.object_store import LocalObjectStore
-from models.families import WITHOUT_PROMPT
 from models.request import InvalidRequest, NotSupported, VideoRequest
 from models.spec import Use
 
-# What a remix keeps of the request that it is made from.
-REMIXED = (
-    "prompt", "negative_prompt", "num_frames", "width", "height", "fps", "f_patch_size",
-    "num_steps", "guidance_scale", "flow_shift", "motion_strength", "seed", "min_guidance_scale",
-    "motion_bucket_id", "noise_aug_strength", "true_cfg_scale", "scheduler",
-    "loras",
-)  # fmt: skip
 EDIT_STRENGTH = 0.6
 GENERATED_FRAMES = range(4, 130)  # of the founding API: 128 and the first frame
 PENDING = "inputs/pending"
@@ -139,25 +132,10 @@ class CreateRoutes:
         owner = account_of(request).id
         job = await run_in_threadpool(self.sources.find_finished, video_id, owner)
         former = VideoRequest.model_validate(job.request)
-        if former.source_video is not None or former.continues is not None:
-            raise NotSupported("video_id", "edited and extended videos cannot be remixed")
-        if former.control is not None and body.control_reference is None:
-            message = "control_reference is required: what led the video is not kept"
-            raise InvalidRequest("control_reference", message)
-        if body.model not in (None, job.model):
-            raise InvalidRequest("model", f"a remix is made by the video's own model, {job.model}")
-        if "prompt" not in body.fields and former.family not in WITHOUT_PROMPT:
-            raise InvalidRequest("prompt", "prompt is required")
+        kept = kept_fields(former, job.model, body)
         if former.start_image is not None and body.image is None:  # its file is gone by now
             source = await self.sources.video(job.id, owner)
             body = replace(body, image=source.first_frame)
-        kept = {name: getattr(former, name) for name in REMIXED}
-        if "size" in body.fields:
-            del kept["width"], kept["height"]
-        if "seconds" in body.fields:
-            del kept["num_frames"]
-        if {"motion_strength", "motion_bucket_id"} & body.fields.keys():
-            del kept["motion_strength"], kept["motion_bucket_id"]
         body = replace(body, model=job.model, fields={**kept, **body.fields})
         resolved = self._resolve(body).model_copy(update={"remixed_from": job.id})
         return self._answer(await self._admit(request, body, resolved, {}, attempt))
@@ -279,6 +257,9 @@ class CreateRoutes:
             )
             resolved = resolved.model_copy(update={"control": control})
             inputs = {**inputs, "control_reference": reference}
+        if body.region_masks:
+            masks = await self.sources.masks(body.region_masks, resolved, account.id, "regions")
+            inputs = {**inputs, "region_masks": masks}
         job = await run_in_threadpool(self.admission.admit, account, resolved, inputs, attempt)
         self.wake()
         return job

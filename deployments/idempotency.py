@@ -73,6 +73,8 @@ def read_attempt(request: Request, body: CreateBody, about: str) -> Attempt:
         _digest(body.image),
         _digest(body.video),
         *([] if body.control_reference is None else [_digest(body.control_reference)]),
+        *map(_digest, body.region_masks),
+        *map(str, body.schedule),
         None if body.crop is None else str(body.crop),
     ]
     said = json.dumps([about, body.model, body.fields, files], sort_keys=True, default=str)

@@ -11,6 +11,13 @@ from models.request import ControlKind, Scheduler
 
 STRING, NUMBER, INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
 FILE = {"type": "string", "format": "binary"}
+FILES = {"type": "array", "items": FILE}
+BOX = {
+    "type": "object",
+    "required": ["x", "y", "width", "height"],
+    "properties": dict.fromkeys(("x", "y", "width", "height"), INTEGER),
+}
+
 SETTINGS: dict[str, Any] = {
     "prompt": STRING,
     "negative_prompt": STRING,
@@ -52,15 +59,35 @@ SETTINGS: dict[str, Any] = {
             "video": STRING,
         },
     },
+    "regions": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "required": ["prompt"],
+            "properties": {
+                "prompt": STRING,
+                "box": BOX,
+                "frames": {"type": "array", "items": INTEGER, "minItems": 2, "maxItems": 2},
+                "mask": {"type": ["string", "integer"]},
+            },
+        },
+    },
+    "prompt_schedule": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "required": ["frame", "prompt"],
+            "properties": {"frame": INTEGER, "prompt": STRING},
+        },
+    },
+    "seed_variance": {
+        "type": "object",
+        "properties": {"strength": NUMBER, "percent": NUMBER, "per_frame": {"type": "boolean"}},
+    },
     "scheduler": {"type": "string", "enum": list(Scheduler)},
     "seed": INTEGER,
     "tags": {"type": "array", "items": STRING},
     "user": STRING,
-}
-CROP = {
-    "type": "object",
-    "required": ["x", "y", "width", "height"],
-    "properties": dict.fromkeys(("x", "y", "width", "height"), INTEGER),
 }
 
 
@@ -156,6 +183,7 @@ def _body(required: tuple[str, ...], **files: Any) -> dict[str, Any]:
     }
 
 
-CREATE_BODY = _body(("prompt",), input_reference=FILE, crop=CROP, control_reference=FILE)
+REFERENCES = {"control_reference": FILE, "region_masks": FILES}
+CREATE_BODY = _body(("prompt",), input_reference=FILE, crop=BOX, **REFERENCES)
 REMIX_BODY = CREATE_BODY
-DERIVE_BODY = _body(("prompt", "video"), video=FILE, strength=NUMBER, control_reference=FILE)
+DERIVE_BODY = _body(("prompt", "video"), video=FILE, strength=NUMBER, **REFERENCES)

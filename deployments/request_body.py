@@ -1,7 +1,5 @@
 """Reads the body of a create request, JSON or multipart, into named fields and their files."""
 
-import base64
-import binascii
 import json
 import re
 import sys
@@ -13,15 +11,13 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from deployments.config import LimitsConfig
+from deployments.picture_fields import read_image, read_picture, read_video
+from deployments.region_fields import in_turn, read_regions, read_schedule
 from deployments.request_fields import has_surrogates, named_fields, nest_brackets, parse_json
 from models.catalog import Model
 from models.families import WITHOUT_PROMPT
 from models.request import InvalidRequest, VideoRequest
 from models.start_image import CropBox
-
-DATA_URL = re.compile(r"data:image/[a-z+.-]+;base64,(?P<content>.*)", re.DOTALL)
-WEB_URL = re.compile(r"https?://\S+")
-MAX_URL_CHARS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +25,7 @@ class CreateBody:
     """The given fields under their own names, model and files apart.
 
     image: bytes, or the URL where they are. video: bytes, or the id of a video made here.
-    control_reference: any of these.
+    control_reference, region_masks: any of these. schedule: texts by the frame that each begins at.
     """
 
     model: str | None
@@ -38,6 +34,8 @@ class CreateBody:
     crop: CropBox | None = None
     video: bytes | str | None = None
     control_reference: bytes | str | None = None
+    region_masks: tuple[bytes | str, ...] = ()
+    schedule: tuple[tuple[int, str], ...] = ()
 
     def resolve(self, model: Model, limits: LimitsConfig) -> VideoRequest:
         """The complete request for a model; InvalidRequest names the faulty field."""
@@ -47,7 +45,16 @@ class CreateBody:
         elif not str(fields.get("prompt", "-")).strip():
             raise InvalidRequest("prompt", "prompt must not be empty")
         _check_texts(fields, limits)
-        return model.resolve(fields)
+        for region in fields.get("regions", ()):
+            _check_text("regions", dict(region)["prompt"], limits)
+        for _, prompt in self.schedule:
+            _check_text("prompt_schedule", prompt, limits)
+        resolved = model.resolve(fields)
+        if not self.schedule:
+            return resolved
+        return model.resolve(
+            {**fields, "seed": resolved.seed, "regions": in_turn(self.schedule, resolved)}
+        )
 
     def with_size_and_frames(self, default_fps: int) -> dict[str, Any]:
         """The fields, size as width and height, seconds as num_frames; InvalidRequest."""
@@ -79,17 +86,23 @@ async def read_create_body(request: Request, *, derived: bool = False) -> Create
     for name in () if derived else ("video", "strength"):
         if name in fields:
             raise InvalidRequest(name, f"{name} is a field of /v1/videos/edits and /extensions")
+    for name in ("regions", "prompt_schedule", "seed_variance"):
+        if name in fields:
+            fields[name] = parse_json(name, fields[name])
     control_reference = _read_control(fields)
+    region_masks = read_regions(fields)
     model = fields.pop("model", None)
     if model is not None and not isinstance(model, str):
         raise InvalidRequest("model", "model must be a string")
     return CreateBody(
         model,
         fields,
-        _read_image("input_reference", fields.pop("input_reference", None)),
+        read_image("input_reference", fields.pop("input_reference", None)),
         _read_crop(fields.pop("crop", None)),
-        _read_video("video", fields.pop("video", None)),
+        read_video("video", fields.pop("video", None)),
         control_reference,
+        region_masks,
+        read_schedule(fields),
     )
 
 
@@ -116,31 +129,6 @@ async def _read_form(request: Request) -> dict[str, Any]:
     return nest_brackets(items)
 
 
-def _read_image(param: str, value: Any) -> bytes | str | None:
-    """The bytes of an uploaded file or of a data URL, or a URL; also as {"image_url": ...}."""
-    if isinstance(value, list):
-        if len(value) != 1:
-            raise InvalidRequest(param, f"{param} takes one image")
-        value = value[0]
-    if isinstance(value, str) and value.startswith("{"):
-        value = parse_json(param, value)
-    if isinstance(value, dict):
-        if set(value) != {"image_url"}:
-            raise InvalidRequest(param, f"{param} takes only image_url")
-        value = value["image_url"]
-    if value is None or isinstance(value, bytes):
-        return value
-    if isinstance(value, str) and len(value) <= MAX_URL_CHARS and WEB_URL.fullmatch(value):
-        return value
-    match = DATA_URL.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise InvalidRequest(param, f"{param} must be a file, a URL or a data URL of an image")
-    try:
-        return base64.b64decode(match["content"], validate=True)
-    except binascii.Error as error:
-        raise InvalidRequest(param, f"{param} is not valid base64") from error
-
-
 def _read_control(fields: dict[str, Any]) -> bytes | str | None:
     """Make `control` what VideoRequest has, and take out what it refers to.
 
@@ -163,9 +151,9 @@ def _read_control(fields: dict[str, Any]) -> bytes | str | None:
         if name not in known:
             raise InvalidRequest("control", f"control takes no {name}; it takes {sorted(known)}")
     found = [
-        _read_image("control", control.pop("image", None)),
-        _read_video("control", control.pop("video", None)),
-        _read_reference(reference),
+        read_image("control", control.pop("image", None)),
+        read_video("control", control.pop("video", None)),
+        read_picture("control_reference", reference),
     ]
     given = [source for source in found if source is not None]
     if len(given) != 1:
@@ -175,28 +163,6 @@ def _read_control(fields: dict[str, Any]) -> bytes | str | None:
         raise InvalidRequest("control", "control: type is required")
     fields["control"] = control
     return given[0]
-
-
-def _read_reference(value: Any) -> bytes | str | None:
-    """An image or a video."""
-    if isinstance(value, str) and re.fullmatch(r"[\w-]{1,100}", value, re.ASCII) is not None:
-        return value
-    if isinstance(value, dict) and set(value) == {"id"}:
-        return _read_video("control_reference", value)
-    return _read_image("control_reference", value)
-
-
-def _read_video(param: str, value: Any) -> bytes | str | None:
-    """An uploaded file, or the id of a video, also as {"id": ...}."""
-    if isinstance(value, str) and value.startswith("{"):
-        value = parse_json(param, value)
-    if isinstance(value, dict):
-        value = value.get("id") if set(value) == {"id"} else value
-    if value is None or isinstance(value, bytes):
-        return value
-    if not isinstance(value, str) or re.fullmatch(r"[\w-]{1,100}", value, re.ASCII) is None:
-        raise InvalidRequest(param, f"{param} must be a file or the id of a video")
-    return value
 
 
 def _read_crop(value: Any) -> CropBox | None:

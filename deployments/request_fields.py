@@ -22,7 +22,8 @@ FIELDS = frozenset(
         "fps", "f_patch_size", "num_steps", "guidance_scale", "flow_shift", "motion_strength",
         "min_guidance_scale", "motion_bucket_id", "noise_aug_strength", "true_cfg_scale",
         "scheduler", "loras", "seed", "input_reference", "crop", "tags", "user", "strength",
-        "video", "control", "control_reference",
+        "video", "control", "control_reference", "regions", "region_masks", "prompt_schedule",
+        "seed_variance",
     }
 )  # fmt: skip
 # What peers take and nothing here does: refused by name, rather than dropped, as they do.

@@ -2,6 +2,7 @@
 
 import io
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,21 @@ def read_source(content: bytes, limits: LimitsConfig, param: str = "video") -> S
             return _read(path, content, limits)
         except VideoUnreadable as error:
             raise InvalidRequest(param, f"{param}: {error}") from error
+
+
+def every_frame(source: SourceVideo) -> Iterator[NDArray[np.uint8]]:
+    """Chunks uint8 [n, H, W, 3] of its own frames, each once."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video"
+        path.write_bytes(source.content)
+        shape = source.shape
+        yield from read_frames(
+            path,
+            width=shape.width,
+            height=shape.height,
+            fps=shape.fps,
+            max_frames=source.num_frames,
+        )
 
 
 def _read(path: Path, content: bytes, limits: LimitsConfig) -> SourceVideo:

@@ -1,25 +1,27 @@
 """The images and videos that requests come with: uploaded, by address, or made here before."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
 from sqlalchemy import Engine
 from starlette.concurrency import run_in_threadpool
 
 from deployments.config import LimitsConfig
 from deployments.database import single_reader
 from deployments.errors import VideoNotReady
-from deployments.request_body import WEB_URL
-from deployments.source_video import SourceVideo, is_video, read_source
+from deployments.picture_fields import WEB_URL
+from deployments.source_video import SourceVideo, every_frame, is_video, read_source
 from deployments.url_guard import UrlGuardConfig, UrlRefused, fetch
 from jobs.job import Job
 from jobs.store import get_job
 from media.object_store import LocalObjectStore
 from media.renditions import Rendition, rendition_key
 from models.catalog import Model
+from models.masks import Mask, as_mask, write_masks
 from models.request import Control, InvalidRequest, VideoRequest
-from models.start_image import CropBox, StartImage, prepare_start_image
+from models.start_image import CropBox, StartImage, decode_png, prepare_start_image
 
 DECODED_AT_ONCE = 2
 FIRST_FRAME = (0,)
@@ -94,6 +96,35 @@ class Sources:
             raise InvalidRequest(param, message)
         return source.content, control
 
+    async def masks(
+        self, given: Sequence[bytes | str], request: VideoRequest, account_id: str, param: str
+    ) -> bytes:
+        """Of the video's size, an image for all frames or a video of as many; white is inside.
+
+        As `models.masks` keeps them.
+        """
+        read = [await self._mask(one, request, account_id, param) for one in given]
+        return await self._decode(lambda: write_masks(read))
+
+    async def _mask(
+        self, given: bytes | str, request: VideoRequest, account_id: str, param: str
+    ) -> Mask:
+        wanted = request.width, request.height
+        if isinstance(given, str) and WEB_URL.fullmatch(given):
+            given = await self._fetch(given, param)
+        if isinstance(given, bytes) and not await run_in_threadpool(is_video, given):
+            image = await self.image(given, wanted, param=param)
+            _check_size(param, image.size, wanted)
+            return as_mask(decode_png(image.png)[None])
+        source = await self.video(given, account_id, param)
+        _check_size(param, (source.shape.width, source.shape.height), wanted)
+        if source.num_frames != request.num_frames:
+            message = f"{param}: a mask has {source.num_frames} frames, not {request.num_frames}"
+            raise InvalidRequest(param, message)
+        return await self._decode(
+            lambda: np.concatenate([as_mask(chunk) for chunk in every_frame(source)])
+        )
+
     def find_finished(self, video_id: str, account_id: str) -> Job:
         """A video of the account's that is made; JobNotFound, VideoNotReady."""
         with single_reader(self.engine).begin() as connection:
@@ -111,3 +142,9 @@ class Sources:
     async def _decode(self, read: Callable[[], T]) -> T:
         async with self.decoding:
             return await run_in_threadpool(read)
+
+
+def _check_size(param: str, size: tuple[int, int], wanted: tuple[int, int]) -> None:
+    if size != wanted:
+        shapes = "{}x{}, the video {}x{}".format(*size, *wanted)
+        raise InvalidRequest(param, f"{param}: a mask is {shapes}")

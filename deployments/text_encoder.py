@@ -18,6 +18,7 @@ from media.edges import find_edges
 from media.object_store import ObjectStore
 from models.catalog import Model
 from models.embeddings import EmbeddingCache
+from models.masks import read_masks
 from models.memory import within_memory
 from models.request import VideoRequest
 from models.start_image import decode_png
@@ -56,12 +57,13 @@ class TextEncoder:
         if request.source_video is not None:
             frames = self._read_frames(request, self.store.get(request.source_video))
         embeddings = self.cache.open(request.model)
-        encode = functools.partial(
-            self.encoders[request.model].encode, request, image, frames, embeddings
-        )
+        encoder: Any = self.encoders[request.model]
+        encode = functools.partial(encoder.encode, request, image, frames, embeddings)
+        if request.region_masks is not None:
+            masks = read_masks(self.store.get(request.region_masks))
+            encode = functools.partial(encode, region_masks=masks)
         conditioning = within_memory(request.model, encode)
         if request.control is not None:
-            encoder: Any = self.encoders[request.model]
             pictures = self._read_control(request)
             control = within_memory(
                 request.model, lambda: encoder.encode_control(request, pictures, embeddings)
@@ -70,7 +72,7 @@ class TextEncoder:
         return Encoded(
             ray.put(conditioning),
             conditioning.num_tokens,
-            self.models[request.model].manifest.max_text_tokens,
+            self.models[request.model].max_text_tokens(request),
             embeddings.num_made > 0,
         )
 

@@ -62,7 +62,7 @@ def video_json(job: Job, model: Model | None) -> dict[str, Any]:
             include={"prompt", "negative_prompt", "num_frames", "fps", "f_patch_size"}
             | {"num_steps", "guidance_scale", "flow_shift", "motion_strength", "strength"}
             | {"min_guidance_scale", "motion_bucket_id", "noise_aug_strength", "true_cfg_scale"}
-            | {"scheduler", "loras", "control"}
+            | {"scheduler", "loras", "control", "regions", "seed_variance"}
             | {"seed", "tags", "user"},
             warnings=False,  # of what a newer version may have written
         ),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import BaseModel, Field, ValidationError
 
-from models.families import FIELDS_OF_FAMILIES, LCM_STEPS, SCHEDULERS, SVD_FAMILIES
+from models.families import FIELDS_OF_FAMILIES, SVD_FAMILIES
 from models.request import (
     ControlKind,
     InvalidRequest,
@@ -16,6 +16,7 @@ from models.request import (
     Scheduler,
     VideoRequest,
 )
+from models.request_bounds import check_request
 from models.spec import (
     LAYOUTS,
     FamilySpec,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from models.lora import Lora
 
 IMAGE_TOKEN = "<image>"
+# Z-Image pads its tokens to multiples of it; fewer than the least are no text.
+TOKENS_PADDED_TO = LEAST_TEXT_TOKENS = 32
 
 
 class ModelNotFound(Exception):
@@ -164,7 +167,7 @@ class Model:
         """Fill in the defaults and check every bound; raises InvalidRequest naming the field."""
         family = self.manifest.family
         for name, families in FIELDS_OF_FAMILIES.items():
-            if fields.get(name) not in (None, "") and family not in families:
+            if fields.get(name) not in (None, "", (), []) and family not in families:
                 raise NotSupported(name, f"{name} means nothing to {family}")
         defaults = self.manifest.defaults.model_dump(exclude_none=True)
         if fields.get("motion_strength") is not None and family in SVD_FAMILIES:
@@ -187,9 +190,7 @@ class Model:
             first = error.errors()[0]
             param = ".".join(str(part) for part in first["loc"])
             raise InvalidRequest(param, f"{param}: {first['msg']}") from None
-        self._check_bounds(request)
-        self._check_loras(request)
-        self._check_control(request)
+        check_request(self, request)
         for name in ("prompt", "negative_prompt"):
             # HunyuanVideo's encoder puts the start image where this stands
             if family is ModelFamily.HUNYUAN_VIDEO and IMAGE_TOKEN in getattr(request, name):
@@ -206,16 +207,6 @@ class Model:
             message = f"input_reference is required: {self.id} makes videos from an image"
             raise InvalidRequest("input_reference", message)
 
-    def _check_loras(self, request: VideoRequest) -> None:
-        known = {lora.id for lora in self.loras}
-        names = [use.name for use in request.loras]
-        for name in names:
-            if name not in known:
-                there = ", ".join(sorted(known)) or "none"
-                raise InvalidRequest("loras", f"{self.id} has no LoRA {name!r}; it has {there}")
-        if len(set(names)) < len(names):
-            raise InvalidRequest("loras", "loras: one is named twice")
-
     def _with_default_scale(self, control: dict[str, Any]) -> dict[str, Any]:
         """The publishers' scale of the network that will lead; a wrong kind is told elsewhere."""
         scales: dict[str, float] = {
@@ -224,61 +215,16 @@ class Model:
         scale = scales.get(str(control.get("type")))
         return control if scale is None else {"scale": scale, **control}
 
-    def _check_control(self, request: VideoRequest) -> None:
-        control = request.control
-        if control is None:
-            return
-        net = self.control_net(control.type)
-        if control.start >= control.end:
-            raise InvalidRequest("control", "control: start must be less than end")
-        if control.preprocess and control.type is not ControlKind.CANNY:
-            message = f"control: only canny is made here; give {control.type} as pictures"
-            raise NotSupported("control", message)
-        if net.f_patch_sizes is not None and request.f_patch_size not in net.f_patch_sizes:
-            sizes = ", ".join(map(str, net.f_patch_sizes))
-            message = f"f_patch_size must be one of {sizes} with this control"
-            raise InvalidRequest("f_patch_size", message)
-        if control.frames is None:
-            return
-        if not net.is_sparse:
-            raise NotSupported("control", f"control: {control.type} leads every frame")
-        in_order = sorted(set(control.frames))
-        if list(control.frames) != in_order or in_order[-1] >= request.num_frames:
-            message = f"control: frames must be in order, and of 0 to {request.num_frames - 1}"
-            raise InvalidRequest("control", message)
-
-    def _check_bounds(self, request: VideoRequest) -> None:
-        manifest, spec = self.manifest, self.spec
-        if not spec.guidance and request.guidance_scale != manifest.defaults.guidance_scale:
-            message = f"{self.id} takes no guidance_scale; true_cfg_scale guides it"
-            raise NotSupported("guidance_scale", message)
-        if not manifest.min_frames <= request.num_frames <= self.max_frames:
-            raise InvalidRequest(
-                "num_frames",
-                f"num_frames must be {manifest.min_frames} to {self.max_frames} "
-                f"for {self.id}, not {request.num_frames}",
-            )
-        if request.f_patch_size not in spec.f_patch_sizes:
-            sizes = ", ".join(map(str, spec.f_patch_sizes))
-            raise InvalidRequest("f_patch_size", f"f_patch_size must be one of {sizes}")
-        for param, side in (("width", request.width), ("height", request.height)):
-            if side % 2:
-                raise InvalidRequest("size", f"{param} must be even, not {side}")
-            if not spec.size_multiple <= side <= manifest.max_side:
-                raise InvalidRequest(
-                    "size",
-                    f"{param} must be {spec.size_multiple} to {manifest.max_side}, not {side}",
-                )
-        known = SCHEDULERS.get(manifest.family, ())
-        if request.scheduler is not None and request.scheduler not in known:
-            message = f"scheduler must be one of {', '.join(known)} for {self.id}"
-            raise InvalidRequest("scheduler", message)
-        by_lcm = (request.scheduler or spec.scheduler) is Scheduler.LCM
-        is_distilled = manifest.family is ModelFamily.ANIMATEDIFF
-        if by_lcm and is_distilled and request.num_steps > LCM_STEPS:
-            raise InvalidRequest("num_steps", f"num_steps must be at most {LCM_STEPS} with lcm")
-        if request.width * request.height > manifest.max_area:
-            raise InvalidRequest("size", f"width x height must be at most {manifest.max_area}")
+    def max_text_tokens(self, request: VideoRequest) -> int:
+        """Of each of the request's texts; several share the model's positions."""
+        token_frames = self.spec.latent_size(request)[0] // request.f_patch_size
+        variance = request.seed_variance
+        per_frame = variance is not None and variance.per_frame
+        num_texts = token_frames if per_frame else 1 + len(request.regions)
+        if self.spec.position_limit is None or num_texts == 1:
+            return self.manifest.max_text_tokens
+        room = (self.spec.position_limit - 1 - token_frames) // TOKENS_PADDED_TO * TOKENS_PADDED_TO
+        return min(self.manifest.max_text_tokens, room // num_texts)
 
 
 def load_model(folder: Path, model_id: str | None = None) -> Model:

@@ -42,12 +42,22 @@ class Guided:
 
 
 @dataclass(frozen=True, slots=True)
+class TextPlaces:
+    """Of a positive text that is several, one after the other: the lengths of each, and where those
+    after the first have their say, bool [R, F, H, W] by the transformer's tokens.
+    """
+
+    lengths: tuple[int, ...]
+    tokens: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
 class ZImageConditioning(Guided):
     """Text states [N, D], positive and negative.
 
     start_latents: [C, 1, H, W], the start frame's normalised latents, if there is one;
     source_latents: [C, F, H, W], those of a video that is to be changed; control: those of what
-    leads it.
+    leads it. places: where the parts of the positive text have their say, if it has parts.
     """
 
     positive: FloatArray
@@ -56,6 +66,7 @@ class ZImageConditioning(Guided):
     source_latents: FloatArray | None
     num_tokens: int
     control: FloatArray | None = None
+    places: TextPlaces | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,8 @@ FIELDS_OF_FAMILIES: dict[str, set[ModelFamily]] = {
     "motion_bucket_id": SVD_FAMILIES,
     "noise_aug_strength": SVD_FAMILIES,
     "true_cfg_scale": {ModelFamily.HUNYUAN_VIDEO},
+    "regions": {ModelFamily.Z_IMAGE_VIDEO},
+    "seed_variance": {ModelFamily.Z_IMAGE_VIDEO},
     "scheduler": {ModelFamily.ANIMATEDIFF, ModelFamily.Z_IMAGE_VIDEO},
 }
 SCHEDULERS = {

@@ -6,7 +6,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-STORED_INPUTS = ("start_image", "source_video", "continues", "control_reference")
+STORED_INPUTS = (
+    "start_image",
+    "source_video",
+    "continues",
+    "control_reference",
+    "region_masks",
+)
 
 
 class ModelFamily(StrEnum):
@@ -33,6 +39,9 @@ class LoraUse(BaseModel, frozen=True, extra="forbid"):
 
     name: str = Field(min_length=1, max_length=128)
     weight: float = Field(1.0, ge=-4, le=4)
+
+
+Pixel = Annotated[int, Field(ge=0, le=100_000)]
 
 
 class ControlKind(StrEnum):
@@ -68,6 +77,29 @@ class Control(BaseModel, frozen=True, extra="forbid"):
         """Whether it has a say in a step, counted from 0, as in diffusers' pipelines."""
         within = step / num_steps >= self.start and (step + 1) / num_steps <= self.end
         return within and self.scale > 0
+
+
+class Region(BaseModel, frozen=True, extra="forbid"):
+    """Words for a part of the video: in a box of pixels (x, y, width, height), in what a mask
+    leaves white, in frames first..last; what is not given is no limit.
+    """
+
+    prompt: str = Field(min_length=1)
+    box: tuple[Pixel, Pixel, Pixel, Pixel] | None = None
+    frames: tuple[Pixel, Pixel] | None = None
+    has_mask: bool = False
+
+
+class SeedVariance(BaseModel, frozen=True, extra="forbid"):
+    """How far the words' states are changed from one seed to the next.
+
+    strength: in their deviations; percent of them are changed. per_frame: each token's frames by
+    a seed of their own.
+    """
+
+    strength: float = Field(0.1, ge=0, le=2)
+    percent: float = Field(50.0, ge=1, le=100)
+    per_frame: bool = False
 
 
 class InvalidRequest(Exception):
@@ -126,6 +158,11 @@ class VideoRequest(BaseModel, frozen=True, extra="forbid"):
     # An image or a video, and how it leads this one.
     control_reference: str | None = None
     control: Control | None = None
+    # What is said of parts of the video only, and where, of those that have a mask: a file of
+    # bool [M, F or 1, H, W].
+    regions: tuple[Region, ...] = Field((), max_length=16)
+    region_masks: str | None = None
+    seed_variance: SeedVariance | None = None
     # A video to go on from, and its frames; the start image is its last one.
     continues: str | None = None
     continued_frames: int = Field(0, ge=0)

@@ -55,7 +55,8 @@ class FamilySpec:
     size_multiple: of width and height. dropped_frames: decoded before the video's first.
     max_positions: the most frames that it tells apart, None: any number. in_tiles: whether frames
     may be decoded in tiles by several decoders. scheduler: the checkpoint's own, if it is one that
-    a request may name. guidance: whether guidance_scale means anything to it.
+    a request may name. guidance: whether guidance_scale means anything to it. position_limit: how
+    many texts' and frames' tokens, one after the other, have positions; None: any number.
     """
 
     f_patch_sizes: tuple[int, ...]
@@ -70,6 +71,7 @@ class FamilySpec:
     in_tiles: bool = False
     scheduler: Scheduler | None = None
     guidance: bool = True
+    position_limit: int | None = None
 
     def generated_frames(self, num_frames: int, f_patch_size: int) -> int:
         """The least frame count whose latent frames fill whole temporal patches and leave
@@ -131,6 +133,7 @@ def _config(folder: Path, component: str, *keys: str) -> dict[str, Any]:
 def _z_image_video(folder: Path) -> FamilySpec:
     transformer = _config(folder, "transformer", "all_f_patch_size", "all_patch_size")
     patch = transformer["all_patch_size"][0]
+    positions = _config(folder, "transformer", "axes_lens")["axes_lens"][0]
     f_patch_sizes = tuple(transformer["all_f_patch_size"])
     if has_image_vae(folder):
         scale = _image_vae_scale(folder)  # an image model's, frame by frame
@@ -141,6 +144,7 @@ def _z_image_video(folder: Path) -> FamilySpec:
             size_multiple=scale * patch,
             start_image=Use.OPTIONAL,
             source_video=True,
+            position_limit=positions,
         )
     keys = ("scale_factor_temporal", "scale_factor_spatial", "patch_size")
     vae = _config(folder, "vae", *keys)
@@ -153,6 +157,7 @@ def _z_image_video(folder: Path) -> FamilySpec:
         source_video=True,
         pixel_patch=vae["patch_size"] or 1,
         in_tiles=True,
+        position_limit=positions,
     )
 
 

@@ -142,11 +142,8 @@ def _stages_of(family: ModelFamily) -> Stages:
     """Imports torch, and the file of this family only."""
     match family:
         case ModelFamily.Z_IMAGE_VIDEO:
-            from models.z_image_video import (
-                ZImageVideoDecoder,
-                ZImageVideoDenoiser,
-                ZImageVideoEncoder,
-            )
+            from models.z_image_encoder import ZImageVideoEncoder
+            from models.z_image_video import ZImageVideoDecoder, ZImageVideoDenoiser
 
             return Stages(ZImageVideoEncoder, ZImageVideoDenoiser, ZImageVideoDecoder)
         case ModelFamily.ANIMATEDIFF:

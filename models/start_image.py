@@ -30,10 +30,15 @@ class ImageLimits(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True, slots=True)
 class StartImage:
-    """A PNG of just the frame's size, and width over height of what it was fitted from."""
+    """A PNG of just the frame's size, and width and height of what it was fitted from."""
 
     png: bytes
-    aspect: float
+    size: tuple[int, int]
+
+    @property
+    def aspect(self) -> float:
+        """Width over height of what it was fitted from."""
+        return self.size[0] / self.size[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,7 @@ def prepare_start_image(
         raise InvalidRequest(param, f"{param} takes more memory or time than an image may")
     head, _, png = child.stdout.partition(b"\n")
     found = json.loads(head)
-    return StartImage(png, found["width"] / found["height"])
+    return StartImage(png, (found["width"], found["height"]))
 
 
 def decode_png(png: bytes) -> NDArray[np.uint8]:

@@ -37,7 +37,10 @@ def shard_z_image(transformer: ZImageTransformer2DModel) -> SequenceSharding:
         for index, block in enumerate(blocks):
             enter = stretch.enter_first if index == 0 else stretch.enter
             block.register_forward_pre_hook(when_shared(enter))
-            block.attention.set_processor(ZImageProcessor(stretch, block.attention.processor))
+            # in every other layer the regions of a text are told apart
+            restricted = blocks is transformer.layers and index % 2 == 0
+            processor = ZImageProcessor(stretch, block.attention.processor, restricted=restricted)
+            block.attention.set_processor(processor)
         blocks[-1].register_forward_hook(when_shared(stretch.leave))
     cut_control = partial(_cut_control, sharding, len(transformer.layers) - 1)
     transformer.register_forward_pre_hook(when_shared(cut_control), with_kwargs=True)
@@ -97,11 +100,15 @@ def _cut_control(
 
 
 class ZImageProcessor:
-    """diffusers' `ZSingleStreamAttnProcessor`, attending over every rank's tokens."""
+    """diffusers' `ZSingleStreamAttnProcessor`, attending over every rank's tokens.
 
-    def __init__(self, stretch: ZImageStretch, stock: Any) -> None:
+    restricted: or over those only that the sharding's restriction lets a token see.
+    """
+
+    def __init__(self, stretch: ZImageStretch, stock: Any, *, restricted: bool = False) -> None:
         self.stretch = stretch
         self.stock = stock
+        self.restricted = restricted
 
     def __call__(
         self,
@@ -112,17 +119,22 @@ class ZImageProcessor:
         freqs_cis: Tensor | None = None,
     ) -> Tensor:
         """hidden_states: [1, N, D], this rank's tokens."""
-        if self.stretch.sharding.everyone.size == 1:
+        sharding = self.stretch.sharding
+        restriction = sharding.restriction if self.restricted else None
+        is_whole = sharding.everyone.size == 1
+        if is_whole and restriction is None:
             whole: Tensor = self.stock(
                 attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis
             )
             return whole
+        if attention_mask is not None:
+            raise ValueError(MASKED)
         query, key, value = _project(attn, hidden_states, "to_q", "to_k", "to_v")
         query, key = _normalise(query, attn.norm_q), _normalise(key, attn.norm_k)
         if freqs_cis is not None:
             query, key = _rotate(query, freqs_cis), _rotate(key, freqs_cis)
-        lengths = list(self.stretch.tokens.sizes)
-        attended = self.stretch.sharding.attend(query, key, value, lengths).flatten(2, 3)
+        lengths = [hidden_states.shape[1]] if is_whole else list(self.stretch.tokens.sizes)
+        attended = sharding.attend(query, key, value, lengths, restriction).flatten(2, 3)
         for layer in attn.to_out:
             attended = layer(attended)
         return attended

@@ -9,123 +9,42 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
-from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoTokenizer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from models.catalog import Model
-from models.conditioning import FloatArray, ZImageConditioning
+from models.conditioning import FloatArray, TextPlaces, ZImageConditioning
 from models.denoise import first_step
-from models.embeddings import Embeddings, digest, no_embeddings
 from models.flow_schedules import FlowSchedules
 from models.lora_layers import LoraLayers
+from models.regions import restrict
 from models.request import Scheduler, VideoRequest
 from models.schedulers import advance, begin_at
-from models.start_image import pad_frames, pad_start_image
 from models.tensors import DenoiseState, Frames
 from models.tiles import Box, stream_frames
 from models.transformer_sharding import shard_z_image
 from models.video_vae import WanVae, load_video_vae
 from models.weights import choose_device, choose_dtype, load_component
 from models.z_image_control import ZImageControl
+from models.z_image_encoder import PATCH_SIZE
 from parallel.guidance import predict_each
 from parallel.mesh import Mesh, MeshBuilder
 from parallel.plan import ParallelPlan, TokenShape
 
-PATCH_SIZE = 2
 # Residuals by layer, for latents, times and texts.
 Lead = Callable[[Sequence[Tensor], Tensor, Sequence[Tensor]], dict[int, Tensor]]
 
 
-class ZImageVideoEncoder:
-    """Qwen3's last hidden state but one for the words, the VAE's latents for a start image."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.device = choose_device()
-        dtype = choose_dtype(self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            model.folder / "tokenizer", local_files_only=True, trust_remote_code=False
-        )
-        self.text_encoder = load_component(
-            Qwen3Model, model.folder / "text_encoder", dtype, self.device
-        )
-        self.vae = load_video_vae(model, "encoder")
-
-    @torch.inference_mode()
-    def encode(
-        self,
-        request: VideoRequest,
-        start_image: bytes | None,
-        source_frames: NDArray[np.uint8] | None = None,
-        embeddings: Embeddings | None = None,
-    ) -> ZImageConditioning:
-        """Guidance of 1 needs no negative text. Raises nothing of the user's making."""
-        kept = embeddings or no_embeddings()
-        positive, num_tokens = self._encode_text(request.prompt, kept)
-        negative = None
-        if request.guided:
-            negative, _ = self._encode_text(request.negative_prompt, kept)
-        generated_size = self.model.spec.generated_size(request.width, request.height)
-        start_latents = source_latents = None
-        if start_image is not None:
-            pixels = pad_start_image(start_image, generated_size=generated_size)[:, None]
-            key = ("image", digest(start_image), generated_size)
-            (start_latents,) = kept.get(key, lambda: (self.vae.encode(pixels),))
-        if source_frames is not None:
-            source_latents = self._encode_frames(request, source_frames, kept)
-        return ZImageConditioning(positive, negative, start_latents, source_latents, num_tokens)
-
-    @torch.inference_mode()
-    def encode_control(
-        self,
-        request: VideoRequest,
-        frames: NDArray[np.uint8],
-        embeddings: Embeddings | None = None,
-    ) -> FloatArray:
-        """Latents [C, F, H, W] of the video that leads; the last frame repeats to a valid count."""
-        return self._encode_frames(request, frames, embeddings or no_embeddings())
-
-    def _encode_frames(
-        self, request: VideoRequest, frames: NDArray[np.uint8], kept: Embeddings
-    ) -> FloatArray:
-        spec = self.model.spec
-        size = spec.generated_size(request.width, request.height)
-        count = spec.generated_frames(request.num_frames, request.f_patch_size)
-        every = frames[np.minimum(np.arange(count), len(frames) - 1)]
-        pixels = pad_frames(every, generated_size=size)
-        (latents,) = kept.get(("frames", digest(pixels), size), lambda: (self.vae.encode(pixels),))
-        return latents
-
-    def _encode_text(self, text: str, kept: Embeddings) -> tuple[FloatArray, int]:
-        """[N, D] without padding, and the number of tokens before truncation."""
-        prompt = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=True,
-        )
-        token_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        (states,) = kept.get(("text", text), lambda: (self._states(token_ids),))
-        return states, len(token_ids)
-
-    def _states(self, token_ids: list[int]) -> FloatArray:
-        cut = torch.tensor([token_ids[: self.model.manifest.max_text_tokens]], device=self.device)
-        states = self.text_encoder(input_ids=cut, output_hidden_states=True).hidden_states[-2]
-        read: FloatArray = states[0].float().cpu().numpy()
-        return read
-
-
 class Row(NamedTuple):
-    """What the transformer sees at once: latents [C, F, H, W], a time 0..1, a text [N, D]."""
+    """What the transformer sees at once: latents [C, F, H, W], a time 0..1, a text [N, D], whose
+    parts may have places.
+    """
 
     latents: Tensor
     time: float
     text: FloatArray
+    places: TextPlaces | None = None
 
 
 class ZImageVideoDenoiser:
@@ -206,9 +125,10 @@ class ZImageVideoDenoiser:
     def batch(self, request: VideoRequest) -> Hashable | None:
         """The size of the latents, of their patches, and the LoRAs; texts may differ in length.
 
-        What is led, or steps by Heun's method, makes its steps alone.
+        What is led, has several texts or steps by Heun's method, makes its steps alone.
         """
-        if request.control is not None or request.scheduler is Scheduler.HEUN:
+        has_places = bool(request.regions) or _varies_by_frame(request)
+        if request.control is not None or has_places or request.scheduler is Scheduler.HEUN:
             return None
         size = self.model.spec.latent_size(request)
         return *size, request.f_patch_size, request.loras
@@ -260,15 +180,16 @@ class ZImageVideoDenoiser:
         lead: Lead | None,
     ) -> list[Tensor]:
         """Of each request [1, C, F, H, W], guided."""
-        rows = [
-            Row(of_request[0], float((1000 - timestep) / 1000), text)
-            for conditioning, of_request, timestep in zip(
-                conditionings, latents, timesteps, strict=True
-            )
-            for text in _texts(conditioning)
-        ]
+        rows = []
+        for told, of_request, timestep in zip(conditionings, latents, timesteps, strict=True):
+            time = float((1000 - timestep) / 1000)
+            rows.append(Row(of_request[0], time, told.positive, told.places))
+            if told.negative is not None:
+                rows.append(Row(of_request[0], time, told.negative))
         f_patch_size = requests[0].f_patch_size
-        if self.mesh.degree == 1:
+        if self.mesh.degree == 1 and rows[0].places is not None:
+            outputs = [self._predict([row], f_patch_size, lead)[0] for row in rows]
+        elif self.mesh.degree == 1:
             outputs = self._predict(rows, f_patch_size, lead)
         else:
             outputs = predict_each(
@@ -304,19 +225,26 @@ class ZImageVideoDenoiser:
     def _predict(
         self, rows: Sequence[Row], f_patch_size: int, lead: Lead | None = None
     ) -> list[Tensor]:
-        """The velocity [C, F, H, W] of each row."""
+        """The velocity [C, F, H, W] of each row; one whose text has places is alone."""
         latents = [row.latents.to(self.dtype) for row in rows]
         times = torch.tensor([row.time for row in rows], device=self.device)
         texts = [torch.tensor(row.text, dtype=self.dtype, device=self.device) for row in rows]
-        outputs: list[Tensor] = self.transformer(
-            latents,
-            times,
-            texts,
-            controlnet_block_samples=None if lead is None else lead(latents, times, texts),
-            patch_size=PATCH_SIZE,
-            f_patch_size=f_patch_size,
-            return_dict=False,
-        )[0]
+        samples = None if lead is None else lead(latents, times, texts)
+        places = rows[0].places
+        if places is not None:
+            self.sharding.restriction = restrict(places, len(texts[0]), self.device)
+        try:
+            outputs: list[Tensor] = self.transformer(
+                latents,
+                times,
+                texts,
+                controlnet_block_samples=samples,
+                patch_size=PATCH_SIZE,
+                f_patch_size=f_patch_size,
+                return_dict=False,
+            )[0]
+        finally:
+            self.sharding.restriction = None
         return list(outputs)
 
 
@@ -337,10 +265,8 @@ class ZImageVideoDecoder:
         return self.vae.decode_tile(latents, box)
 
 
-def _texts(conditioning: ZImageConditioning) -> list[FloatArray]:
-    """Positive, then negative if there is guidance."""
-    texts = [conditioning.positive]
-    return texts if conditioning.negative is None else [*texts, conditioning.negative]
+def _varies_by_frame(request: VideoRequest) -> bool:
+    return request.seed_variance is not None and request.seed_variance.per_frame
 
 
 def _hold_start_frame(latents: Tensor, conditioning: ZImageConditioning) -> Tensor:

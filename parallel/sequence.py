@@ -3,7 +3,7 @@
 Inside a node each rank attends with some of the heads over all tokens (Ulysses,
 arXiv:2309.14509); across nodes keys and values go round a ring (arXiv:2310.01889). Both together
 are Ulysses inside and the ring across (USP, arXiv:2405.07719). There are no masks: the caller
-trims its text to what is valid.
+trims its text to what is valid; who may see whom else is said by a `Restriction`.
 """
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.process_group import ProcessGroup, alone
+from parallel.restriction import Restriction
 from parallel.shard import Shard, split_sizes
 
 
@@ -18,10 +19,12 @@ class SequenceSharding:
     """Who shares the tokens now: the one thing that sharded attention reads at each call.
 
     everyone: all ranks of the sequence, ring * ulysses of them; the rank's number in it is its
-    number in the ring times the size of the Ulysses group plus its number there.
+    number in the ring times the size of the Ulysses group plus its number there. restriction: who
+    sees whom, for the caller to set and its layers to read.
     """
 
     def __init__(self) -> None:
+        self.restriction: Restriction | None = None
         self.use(alone(), alone(), alone())
 
     def use(self, everyone: ProcessGroup, ulysses: ProcessGroup, ring: ProcessGroup) -> None:
@@ -34,7 +37,14 @@ class SequenceSharding:
         """The part of that many tokens that is this rank's."""
         return Shard(split_sizes(length, self.everyone.size), self.everyone.rank)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: list[int],
+        restriction: Restriction | None = None,
+    ) -> Tensor:
         """Attention of this rank's tokens over every rank's; all are [B, N, H, D].
 
         lengths: the tokens of each rank of everyone. ValueError if ranks outnumber heads.
@@ -65,7 +75,8 @@ class SequenceSharding:
             for first in range(0, len(lengths), ulysses.size)
         ]
         # [B, H/U, N, D] -> [B, N, H/U, D]
-        attended = _attend_round_ring(ring, query, key, value, across).transpose(1, 2)
+        attended = _attend_round_ring(ring, query, key, value, across, restriction)
+        attended = attended.transpose(1, 2)
         parts = ulysses.all_to_all(
             torch.split(attended, inside, dim=1),
             [(batch, inside[ulysses.rank], count, width) for count in heads],
@@ -74,11 +85,19 @@ class SequenceSharding:
 
 
 def _attend_round_ring(
-    ring: ProcessGroup, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]
+    ring: ProcessGroup,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    restriction: Restriction | None,
 ) -> Tensor:
     """[B, H, N, D] each; lengths: the keys of each rank of the ring."""
     if ring.size == 1:
-        return F.scaled_dot_product_attention(query, key, value)
+        if restriction is None:
+            return F.scaled_dot_product_attention(query, key, value)
+        return restriction.attend(_attend_with_normaliser, query, key, value)[0]
+    starts = [sum(lengths[:rank]) for rank in range(ring.size)]
     held = torch.stack([key, value])
     parts, normalisers = [], []
     for turn in range(ring.size):
@@ -88,7 +107,17 @@ def _attend_round_ring(
             origin = (ring.rank - turn - 1) % ring.size
             shape = (*held.shape[:3], lengths[origin], held.shape[4])
             arriving = ring.pass_on(held, shape)
-        part, normaliser = _attend_with_normaliser(query, held[0], held[1])
+        if restriction is None:
+            part, normaliser = _attend_with_normaliser(query, held[0], held[1])
+        else:
+            part, normaliser = restriction.attend(
+                _attend_with_normaliser,
+                query,
+                held[0],
+                held[1],
+                query_start=starts[ring.rank],
+                key_start=starts[(ring.rank - turn) % ring.size],
+            )
         precision = torch.promote_types(part.dtype, torch.float32)
         parts.append(part.to(precision))
         normalisers.append(normaliser.to(precision))

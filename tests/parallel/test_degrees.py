@@ -117,6 +117,9 @@ def led_courses(animatediff: Path, folder: Path) -> list[Course]:
         write_random_z_image_control(z_image / "transformer", net, refiner=refiner)
         fields = {"guidance_scale": 2.0, "num_frames": 5, "control": {"type": "canny"}}
         courses.append(Course(z_image, OF_TOKENS, fields, [(net, ControlKind.CANNY)]))
+    places = [{"prompt": "x", "box": [0, 0, 32, 64]}, {"prompt": "y z", "frames": [2, 4]}]
+    fields = {"guidance_scale": 2.0, "num_frames": 5, "regions": places}
+    courses.append(Course(z_image, OF_TOKENS, fields))
     write_random_controlnet(folder / "canny")
     write_random_sparse_control(folder / "rgb")
     nets = [(folder / "canny", ControlKind.CANNY), (folder / "rgb", ControlKind.RGB)]

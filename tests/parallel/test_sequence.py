@@ -79,7 +79,9 @@ def _compare(rank: int, plan: ParallelPlan, model: str, fields: dict[str, Any]) 
     )
 
 
-def own_tokens_only(query: Tensor, key: Tensor, value: Tensor, _lengths: list[int]) -> Tensor:
+def own_tokens_only(
+    query: Tensor, key: Tensor, value: Tensor, _lengths: list[int], _restriction: None = None
+) -> Tensor:
     """What a rank would make that does not talk to the others."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)

@@ -21,7 +21,8 @@ from models.denoise import denoise
 from models.request import VideoRequest
 from models.spec import WeightsDamaged
 from models.stages import load_denoiser
-from models.z_image_video import ZImageVideoDecoder, ZImageVideoDenoiser, ZImageVideoEncoder
+from models.z_image_encoder import ZImageVideoEncoder
+from models.z_image_video import ZImageVideoDecoder, ZImageVideoDenoiser
 
 ARequest = Callable[..., VideoRequest]
 FloatArray = NDArray[np.float32]
