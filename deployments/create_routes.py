@@ -152,7 +152,10 @@ class CreateRoutes:
         )
         source = await self.sources.video(body.video, account_of(request).id)
         size = {} if "size" in body.fields else _size_of(source)
-        fields = {"strength": EDIT_STRENGTH, "fps": source.shape.fps, **size, **body.fields}
+        strength = {} if "denoising_start" in body.fields else {"strength": EDIT_STRENGTH}
+        if body.mask is not None:  # what is white is made anew, as a rule from the beginning
+            strength = {name: 1.0 for name in strength}
+        fields = {**strength, "fps": source.shape.fps, **size, **body.fields}
         num_frames = source.frames_at(parse_fps(fields["fps"]))
         if "seconds" not in fields:
             fields.setdefault("num_frames", num_frames)
@@ -162,15 +165,23 @@ class CreateRoutes:
             message = f"the video has {num_frames} frames at {resolved.fps} a second"
             raise InvalidRequest("num_frames", message)
         inputs = {"source_video": source.content}
+        if body.mask is not None:
+            mask = await self.sources.mask(body.mask, resolved, account_of(request).id)
+            inputs["mask"] = mask.content if isinstance(mask, SourceVideo) else mask
         return self._answer(await self._admit(request, body, resolved, inputs, attempt))
 
     async def extend(self, request: Request) -> JSONResponse:
         """Go on from a video's last frame; the result is both, one after the other."""
         body = await read_create_body(request, derived=True)
-        given = {**body.fields, "input_reference": body.image, "crop": body.crop}
+        given = {
+            **body.fields,
+            "input_reference": body.image,
+            "crop": body.crop,
+            "mask": body.mask,
+        }
         for name in (
             *("strength", "size", "width", "height", "fps", "input_reference", "crop"),
-            "control",
+            *("control", "denoising_start", "mask"),
         ):
             if given.get(name) is not None:
                 raise InvalidRequest(name, f"{name}: an extension is as the video that it extends")

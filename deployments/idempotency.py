@@ -75,6 +75,7 @@ def read_attempt(request: Request, body: CreateBody, about: str) -> Attempt:
         *([] if body.control_reference is None else [_digest(body.control_reference)]),
         *map(_digest, body.region_masks),
         *map(str, body.schedule),
+        *([] if body.mask is None else [_digest(body.mask)]),
         None if body.crop is None else str(body.crop),
     ]
     said = json.dumps([about, body.model, body.fields, files], sort_keys=True, default=str)

@@ -59,6 +59,7 @@ SETTINGS: dict[str, Any] = {
             "video": STRING,
         },
     },
+    "denoising_end": {**NUMBER, "minimum": 0, "maximum": 1},
     "regions": {
         "type": "array",
         "items": {
@@ -186,4 +187,11 @@ def _body(required: tuple[str, ...], **files: Any) -> dict[str, Any]:
 REFERENCES = {"control_reference": FILE, "region_masks": FILES}
 CREATE_BODY = _body(("prompt",), input_reference=FILE, crop=BOX, **REFERENCES)
 REMIX_BODY = CREATE_BODY
-DERIVE_BODY = _body(("prompt", "video"), video=FILE, strength=NUMBER, **REFERENCES)
+DERIVE_BODY = _body(
+    ("prompt", "video"),
+    video=FILE,
+    strength=NUMBER,
+    denoising_start=NUMBER,
+    mask=FILE,
+    **REFERENCES,
+)

@@ -25,7 +25,8 @@ class CreateBody:
     """The given fields under their own names, model and files apart.
 
     image: bytes, or the URL where they are. video: bytes, or the id of a video made here.
-    control_reference, region_masks: any of these. schedule: texts by the frame that each begins at.
+    control_reference, region_masks, mask: any of these; the last one is of what is to change.
+    schedule: texts by the frame that each begins at.
     """
 
     model: str | None
@@ -36,6 +37,7 @@ class CreateBody:
     control_reference: bytes | str | None = None
     region_masks: tuple[bytes | str, ...] = ()
     schedule: tuple[tuple[int, str], ...] = ()
+    mask: bytes | str | None = None
 
     def resolve(self, model: Model, limits: LimitsConfig) -> VideoRequest:
         """The complete request for a model; InvalidRequest names the faulty field."""
@@ -103,6 +105,7 @@ async def read_create_body(request: Request, *, derived: bool = False) -> Create
         control_reference,
         region_masks,
         read_schedule(fields),
+        read_picture("mask", fields.pop("mask", None)),
     )
 
 

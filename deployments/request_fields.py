@@ -23,7 +23,7 @@ FIELDS = frozenset(
         "min_guidance_scale", "motion_bucket_id", "noise_aug_strength", "true_cfg_scale",
         "scheduler", "loras", "seed", "input_reference", "crop", "tags", "user", "strength",
         "video", "control", "control_reference", "regions", "region_masks", "prompt_schedule",
-        "seed_variance",
+        "seed_variance", "denoising_start", "denoising_end", "mask",
     }
 )  # fmt: skip
 # What peers take and nothing here does: refused by name, rather than dropped, as they do.

@@ -109,21 +109,30 @@ class Sources:
     async def _mask(
         self, given: bytes | str, request: VideoRequest, account_id: str, param: str
     ) -> Mask:
+        read = await self.mask(given, request, account_id, param)
+        if isinstance(read, SourceVideo):
+            return await self._decode(
+                lambda: np.concatenate([as_mask(chunk) for chunk in every_frame(read)])
+            )
+        return as_mask(decode_png(read)[None])
+
+    async def mask(
+        self, given: bytes | str, request: VideoRequest, account_id: str, param: str = "mask"
+    ) -> SourceVideo | bytes:
+        """A video or a PNG of just the video's size, as checked."""
         wanted = request.width, request.height
         if isinstance(given, str) and WEB_URL.fullmatch(given):
             given = await self._fetch(given, param)
         if isinstance(given, bytes) and not await run_in_threadpool(is_video, given):
             image = await self.image(given, wanted, param=param)
             _check_size(param, image.size, wanted)
-            return as_mask(decode_png(image.png)[None])
+            return image.png
         source = await self.video(given, account_id, param)
         _check_size(param, (source.shape.width, source.shape.height), wanted)
         if source.num_frames != request.num_frames:
             message = f"{param}: a mask has {source.num_frames} frames, not {request.num_frames}"
             raise InvalidRequest(param, message)
-        return await self._decode(
-            lambda: np.concatenate([as_mask(chunk) for chunk in every_frame(source)])
-        )
+        return source
 
     def find_finished(self, video_id: str, account_id: str) -> Job:
         """A video of the account's that is made; JobNotFound, VideoNotReady."""

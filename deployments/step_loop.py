@@ -137,7 +137,7 @@ class StepLoop:
                 self.config.urgency,
                 priority=work.priority,
                 admitted_s=arrived_s - work.queued_s,
-                num_steps=work.request.num_steps - first_step,
+                num_steps=state.num_steps - first_step,
                 step_s={
                     degree: self._expect(work.request.model, shape, plan)
                     for degree, plan in by_degree.items()

@@ -63,8 +63,14 @@ class TextEncoder:
             masks = read_masks(self.store.get(request.region_masks))
             encode = functools.partial(encode, region_masks=masks)
         conditioning = within_memory(request.model, encode)
+        if request.mask is not None:
+            mask = encoder.encode_mask(request, self._read_pictures(request, request.mask))
+            conditioning = dataclasses.replace(conditioning, mask=mask)
         if request.control is not None:
-            pictures = self._read_control(request)
+            assert request.control_reference is not None
+            pictures = self._read_pictures(request, request.control_reference)
+            if request.control.preprocess:
+                pictures = find_edges(pictures)
             control = within_memory(
                 request.model, lambda: encoder.encode_control(request, pictures, embeddings)
             )
@@ -76,16 +82,12 @@ class TextEncoder:
             embeddings.num_made > 0,
         )
 
-    def _read_control(self, request: VideoRequest) -> NDArray[np.uint8]:
-        """uint8 [F, H, W, 3], a picture for each frame that is led; one image is for all."""
-        assert request.control is not None
-        assert request.control_reference is not None
-        content = self.store.get(request.control_reference)
+    def _read_pictures(self, request: VideoRequest, key: str) -> NDArray[np.uint8]:
+        """uint8 [F, H, W, 3] of a video, frame by frame, or of an image, which is one."""
+        content = self.store.get(key)
         if content.startswith(PNG):
-            pictures = decode_png(content)[None]
-        else:
-            pictures = self._read_frames(request, content, at_own_rate=True)
-        return find_edges(pictures) if request.control.preprocess else pictures
+            return decode_png(content)[None]
+        return self._read_frames(request, content, at_own_rate=True)
 
     def _read_frames(
         self, request: VideoRequest, content: bytes, *, at_own_rate: bool = False

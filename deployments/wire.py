@@ -15,6 +15,7 @@ from jobs.outbox import Delivery
 from jobs.webhooks import Endpoint
 from models.catalog import Model
 from models.families import SVD_FAMILIES, WITHOUT_PROMPT
+from models.probe import FAMILY_BASES, ModelType
 from models.request import VideoRequest, read_stored
 
 STATUSES = {
@@ -63,6 +64,7 @@ def video_json(job: Job, model: Model | None) -> dict[str, Any]:
             | {"num_steps", "guidance_scale", "flow_shift", "motion_strength", "strength"}
             | {"min_guidance_scale", "motion_bucket_id", "noise_aug_strength", "true_cfg_scale"}
             | {"scheduler", "loras", "control", "regions", "seed_variance"}
+            | {"denoising_start", "denoising_end"}
             | {"seed", "tags", "user"},
             warnings=False,  # of what a newer version may have written
         ),
@@ -143,6 +145,8 @@ def model_json(offer: Offer, plans: PlanTable) -> dict[str, Any]:
         "object": "model",
         "created": 0,
         "owned_by": "mutoscope",
+        "type": ModelType.MAIN,
+        "base": FAMILY_BASES[manifest.family],
         "family": manifest.family,
         "description": manifest.description,
         "trained": manifest.trained,

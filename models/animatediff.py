@@ -21,7 +21,7 @@ from models.animatediff_control import AnimateDiffControls, as_pixels, leads_of,
 from models.catalog import Model
 from models.conditioning import AnimateDiffConditioning, FloatArray
 from models.control import ControlNet
-from models.denoise import first_step, guide
+from models.denoise import guide
 from models.embeddings import Embeddings, digest, no_embeddings
 from models.frame_unet import FrameUnet
 from models.lora_layers import LoraLayers
@@ -178,7 +178,7 @@ class AnimateDiffDenoiser(OneAtATime[AnimateDiffConditioning]):
         if conditioning.source_latents is None:
             latents = noise * schedule.init_noise_sigma
         else:
-            first = first_step(request)
+            first = request.first_step
             source = torch.tensor(conditioning.source_latents, device=self.device)[None]
             latents = schedule.add_noise(source, noise, schedule.timesteps[first : first + 1])
         return DenoiseState(latents, first, request.num_steps, generator.get_state())

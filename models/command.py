@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from models.probe import Found, NotRecognised, find_all, probe
+from models.published_manifest import published_manifest
 from models.spec import WeightsDamaged, WeightsMissing
 
 AT_FAULT, UNKNOWN = 1, 2
@@ -22,6 +23,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         ("probe", _probe, "tell what a folder or a safetensors file is"),
         ("validate", _validate, "check that a checkpoint is whole and may be deployed"),
         ("list", _list, "all checkpoints below a folder"),
+        ("manifest", _write_manifest, "write the manifest of a checkpoint as it was published"),
     ):
         command = actions.add_parser(name, help=text, description=f"{text}. {EXIT_CODES}")
         command.add_argument("path", type=Path, metavar="PATH")
@@ -70,6 +72,12 @@ def _validate(path: Path) -> None:
     has_manifest = (path / "manifest.json").is_file()
     use = "deployable" if has_manifest else "no manifest.json, so not deployable"
     print(f"{path}: whole, a {found.base} {found.type}; {use}")
+
+
+def _write_manifest(path: Path) -> None:
+    content = json.dumps(published_manifest(path), indent=2)
+    (path / "manifest.json").write_text(content + "\n")
+    print(path / "manifest.json")
 
 
 def _list(path: Path) -> None:

@@ -56,8 +56,9 @@ class ZImageConditioning(Guided):
     """Text states [N, D], positive and negative.
 
     start_latents: [C, 1, H, W], the start frame's normalised latents, if there is one;
-    source_latents: [C, F, H, W], those of a video that is to be changed; control: those of what
-    leads it. places: where the parts of the positive text have their say, if it has parts.
+    source_latents: [C, F, H, W], those of a video that is to be changed; mask: [F, H, W] in 0..1,
+    by latents: how much of it is to be made anew; control: the latents of what leads it.
+    places: where the parts of the positive text have their say, if it has parts.
     """
 
     positive: FloatArray
@@ -67,6 +68,7 @@ class ZImageConditioning(Guided):
     num_tokens: int
     control: FloatArray | None = None
     places: TextPlaces | None = None
+    mask: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True)

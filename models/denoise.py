@@ -22,15 +22,6 @@ def denoise(
         yield state
 
 
-def first_step(request: VideoRequest) -> int:
-    """Where the last `strength` of the steps begins, of which at least one is made; 0 without
-    (SDEdit, arXiv:2108.01073).
-    """
-    if request.strength is None:
-        return 0
-    return request.num_steps - max(1, round(request.num_steps * request.strength))
-
-
 def guide(predicted: Sequence[Tensor], scale: float | Tensor) -> Tensor:
     """negative + scale * (positive - negative) in float32, of [negative, positive] or [positive].
 

@@ -15,17 +15,13 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformer2
 
 from models.catalog import load_model
 from models.probe import Base, ModelType, NotRecognised, probe
+from models.published_manifest import Z_IMAGE, Z_IMAGE_DEFAULTS, Z_IMAGE_VARIANTS
 from models.request import ModelFamily
 from models.spec import WeightsDamaged
 from models.weight_files import check_sums
 
 F_PATCH_SIZES = (1, 2, 4)
 COPIED = ("vae", "text_encoder", "tokenizer", "scheduler")
-# As the publishers advise for each; guidance counted from 1.
-SETTINGS = {
-    "turbo": {"num_steps": 9, "guidance_scale": 1.0},
-    "base": {"num_steps": 50, "guidance_scale": 5.0},
-}
 
 
 def inflate(source: Path, target: Path, licence: str) -> None:
@@ -100,25 +96,15 @@ def _load(folder: Path) -> Any:
 
 
 def _manifest(variant: str, licence: str, sha256: dict[str, str]) -> dict[str, Any]:
+    size = {"num_frames": 16, "width": 1280, "height": 720, "f_patch_size": 1}
     return {
         "family": ModelFamily.Z_IMAGE_VIDEO,
         "description": f"Z-Image {variant} with untrained temporal patches: it does not move",
         "trained": False,
-        "licence": licence,
-        "vae": "kl",
-        "max_text_tokens": 512,
         "min_frames": 1,
+        **Z_IMAGE,
+        "licence": licence,
         "max_frames": 129,
-        "max_side": 1920,
-        "max_area": 1920 * 1088,
-        "decode_chunk_frames": 4,
-        "defaults": {
-            "num_frames": 16,
-            "width": 1280,
-            "height": 720,
-            "fps": 8,
-            "f_patch_size": 1,
-            **SETTINGS[variant],
-        },
+        "defaults": {**Z_IMAGE_DEFAULTS, **size, **Z_IMAGE_VARIANTS[variant]},
         "sha256": sha256,
     }

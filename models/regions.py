@@ -16,6 +16,7 @@ from models.catalog import TOKENS_PADDED_TO
 from models.conditioning import TextPlaces
 from models.request import Region, VideoRequest
 from models.spec import FamilySpec
+from models.start_image import pad_pixels
 from parallel.restriction import Restriction, Sight
 
 
@@ -31,7 +32,7 @@ def token_places(
     height, width = latent_height // patch_size, latent_width // patch_size
     rows = _middles(height, request.height, spec.generated_size(request.width, request.height)[1])
     columns = _middles(width, request.width, spec.generated_size(request.width, request.height)[0])
-    frames = _first_frames(spec, request, latent_frames)
+    frames = _first_frames(spec, request, latent_frames, request.f_patch_size)
     places = np.zeros((len(request.regions), len(frames), height, width), bool)
     left = list(() if masks is None else masks)
     for place, region in zip(places, request.regions, strict=True):
@@ -40,6 +41,23 @@ def token_places(
         for token, (first, last) in enumerate(frames):
             place[token] = inside[first:last].any(axis=0)
     return places
+
+
+def latent_mask(
+    spec: FamilySpec, request: VideoRequest, pictures: NDArray[np.uint8]
+) -> NDArray[np.float32]:
+    """uint8 [F or 1, H, W, 3] -> [f, h, w] in 0..1, the greatest of what each latent is of."""
+    latent_frames, latent_height, latent_width = spec.latent_size(request)
+    light = pad_pixels(pictures, spec.generated_size(request.width, request.height)).max(axis=3)
+    frames, height, width = len(light), light.shape[1], light.shape[2]
+    cells = light.reshape(
+        frames, latent_height, height // latent_height, latent_width, width // latent_width
+    ).max(axis=(2, 4))
+    if frames == 1:
+        cells = np.repeat(cells, request.num_frames, axis=0)
+    runs = _first_frames(spec, request, latent_frames, f_patch_size=1)
+    by_latent = np.stack([cells[first:last].max(axis=0) for first, last in runs])
+    return by_latent.astype(np.float32) / 255.0
 
 
 def each_frame(places: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -97,14 +115,14 @@ def _middles(count: int, asked: int, generated: int) -> NDArray[np.int64]:
 
 
 def _first_frames(
-    spec: FamilySpec, request: VideoRequest, latent_frames: int
+    spec: FamilySpec, request: VideoRequest, latent_frames: int, f_patch_size: int
 ) -> list[tuple[int, int]]:
-    """The frames first..last-1 that each token is of; those beyond the last frame are as that."""
+    """The frames first..last-1 that each patch is of; those beyond the last frame are as that."""
     found = []
-    for token in range(latent_frames // request.f_patch_size):
-        first_latent = token * request.f_patch_size
+    for token in range(latent_frames // f_patch_size):
+        first_latent = token * f_patch_size
         first = max(0, (first_latent - 1) * spec.frame_stride + 1)
-        last = (first_latent + request.f_patch_size - 1) * spec.frame_stride + 1
+        last = (first_latent + f_patch_size - 1) * spec.frame_stride + 1
         first = min(first, request.num_frames - 1)
         found.append((first, max(first + 1, min(last, request.num_frames))))
     return found

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 STORED_INPUTS = (
     "start_image",
     "source_video",
+    "mask",
     "continues",
     "control_reference",
     "region_masks",
@@ -121,8 +122,7 @@ class VideoRequest(BaseModel, frozen=True, extra="forbid"):
     """One video to make; every default is filled in, the seed too.
 
     num_frames, width and height are what was asked and is billed; the model may generate the next
-    size that it can and the result is trimmed. start_image, source_video, continues and
-    control_reference are keys of the object store.
+    size that it can and the result is trimmed. STORED_INPUTS are keys of the object store.
     """
 
     model: str
@@ -155,6 +155,11 @@ class VideoRequest(BaseModel, frozen=True, extra="forbid"):
     # A video to change, and how much of it: the share of the denoising that is done anew.
     source_video: str | None = None
     strength: float | None = Field(None, gt=0, le=1)
+    # The same as shares of the steps: those before the start and from the end on are not made.
+    denoising_start: float | None = Field(None, ge=0, lt=1)
+    denoising_end: float | None = Field(None, gt=0, le=1)
+    # Of the video to change, what is to be: an image or a video, white where all is made anew.
+    mask: str | None = None
     # An image or a video, and how it leads this one.
     control_reference: str | None = None
     control: Control | None = None
@@ -180,6 +185,24 @@ class VideoRequest(BaseModel, frozen=True, extra="forbid"):
                 return self.guidance_scale != 1.0
             case _:
                 return self.guidance_scale > 1.0
+
+    @property
+    def first_step(self) -> int:
+        """Where the last `strength` of the steps begins, of which at least one is made, or the
+        share before `denoising_start` ends; 0 without (SDEdit, arXiv:2108.01073).
+        """
+        if self.denoising_start is not None:
+            return int(self.num_steps * self.denoising_start)
+        if self.strength is None:
+            return 0
+        return self.num_steps - max(1, round(self.num_steps * self.strength))
+
+    @property
+    def last_step(self) -> int:
+        """How many steps are made, those before the first among them."""
+        if self.denoising_end is None:
+            return self.num_steps
+        return int(self.num_steps * self.denoising_end)
 
     @property
     def new_frames(self) -> int:

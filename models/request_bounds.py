@@ -25,6 +25,7 @@ def check_request(model: "Model", request: VideoRequest) -> None:
     _check_loras(model, request)
     _check_control(model, request)
     _check_regions(model, request)
+    _check_steps(request)
 
 
 def _check_bounds(model: "Model", request: VideoRequest) -> None:
@@ -118,3 +119,12 @@ def _check_regions(model: "Model", request: VideoRequest) -> None:
             if not first <= last <= last_frame:
                 message = f"regions: frames must be a first and a last one of 0 to {last_frame}"
                 raise InvalidRequest("regions", message)
+
+
+def _check_steps(request: VideoRequest) -> None:
+    if request.strength is not None and request.denoising_start is not None:
+        message = "denoising_start and strength say the same: give one"
+        raise InvalidRequest("denoising_start", message)
+    if request.first_step >= request.last_step:
+        message = f"no step of {request.num_steps} is between denoising_start and denoising_end"
+        raise InvalidRequest("denoising_end", message)

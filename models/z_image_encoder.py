@@ -9,7 +9,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from models.catalog import Model
 from models.conditioning import FloatArray, TextPlaces, ZImageConditioning
 from models.embeddings import Embeddings, digest, no_embeddings
-from models.regions import each_frame, token_places
+from models.regions import each_frame, latent_mask, token_places
 from models.request import VideoRequest
 from models.seed_variance import vary
 from models.start_image import pad_frames, pad_start_image
@@ -85,6 +85,10 @@ class ZImageVideoEncoder:
             return parts[0], num_tokens, None
         lengths = tuple(map(len, parts))
         return np.concatenate(parts), num_tokens, TextPlaces(lengths, places)
+
+    def encode_mask(self, request: VideoRequest, pictures: NDArray[np.uint8]) -> FloatArray:
+        """Grey pictures [F or 1, H, W, 3] by latents; a latent is as white as its whitest pixel."""
+        return latent_mask(self.model.spec, request, pictures)
 
     @torch.inference_mode()
     def encode_control(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from models.catalog import Model
 from models.conditioning import FloatArray, TextPlaces, ZImageConditioning
-from models.denoise import first_step
 from models.flow_schedules import FlowSchedules
 from models.lora_layers import LoraLayers
 from models.regions import restrict
@@ -32,6 +31,8 @@ from parallel.guidance import predict_each
 from parallel.mesh import Mesh, MeshBuilder
 from parallel.plan import ParallelPlan, TokenShape
 
+# Black is never less than no noise at all.
+MASK_MARGIN = 1e-4
 # Residuals by layer, for latents, times and texts.
 Lead = Callable[[Sequence[Tensor], Tensor, Sequence[Tensor]], dict[int, Tensor]]
 
@@ -105,16 +106,16 @@ class ZImageVideoDenoiser:
         A source video is noised to the level at which the last `strength` of the steps begins
         (SDEdit, arXiv:2108.01073); those before are not made.
         """
-        shape = (1, self.transformer.config.in_channels, *self.model.spec.latent_size(request))
         generator = torch.Generator("cpu").manual_seed(request.seed)
-        noise = torch.randn(shape, generator=generator).to(self.device)
-        if conditioning.source_latents is None or request.strength is None:
-            return DenoiseState(noise, 0, request.num_steps, generator.get_state())
-        first = first_step(request)
+        noise = self._noise(request, generator)
+        last = request.last_step
+        if conditioning.source_latents is None:
+            return DenoiseState(noise, 0, last, generator.get_state())
+        first = request.first_step
         sigma = float(self.schedules.schedule(request, self.device).sigmas[first])
         source = torch.tensor(conditioning.source_latents, device=self.device)[None]
         mixed = (1.0 - sigma) * source + sigma * noise
-        return DenoiseState(mixed, first, request.num_steps, generator.get_state())
+        return DenoiseState(mixed, first, last, generator.get_state())
 
     def step(
         self, request: VideoRequest, conditioning: ZImageConditioning, state: DenoiseState
@@ -161,15 +162,38 @@ class ZImageVideoDenoiser:
             requests, conditionings, states, schedules, times, held, velocities, strict=True
         ):
             slope = velocity
-            if request.scheduler is Scheduler.HEUN and state.step + 1 < state.num_steps:
+            if request.scheduler is Scheduler.HEUN and state.step + 1 < request.num_steps:
                 sigma, after = schedule.sigmas[state.step : state.step + 2]
                 ahead = _hold_start_frame(latents - (after - sigma) * velocity, told)
                 later = [schedule.timesteps[state.step + 1]]
                 (second,) = self._velocities([request], [told], [ahead], later, lead)
                 slope = (velocity + second) / 2
             stepped = advance(schedule, -slope, time, latents, state)
-            made.append(replace(stepped, latents=_hold_start_frame(stepped.latents, told)))
+            held_still = _hold_start_frame(stepped.latents, told)
+            kept = self._keep_source(request, told, held_still, schedule.sigmas[state.step + 1])
+            made.append(replace(stepped, latents=kept))
         return made
+
+    def _keep_source(
+        self, request: VideoRequest, told: ZImageConditioning, latents: Tensor, sigma: Tensor
+    ) -> Tensor:
+        """The source, with as much noise as the rest has now, where the mask is darker than that.
+
+        So a grey place is the source's in the noisy steps, and is made with the rest in the last
+        ones; as InvokeAI's gradient masks.
+        """
+        if told.mask is None or told.source_latents is None:
+            return latents
+        source = torch.tensor(told.source_latents, device=self.device)[None]
+        mask = torch.tensor(told.mask, device=self.device)
+        noise = self._noise(request, torch.Generator("cpu").manual_seed(request.seed))
+        known = (1.0 - sigma) * source + sigma * noise
+        return torch.where(mask >= torch.clamp(sigma + MASK_MARGIN, max=1.0), latents, known)
+
+    def _noise(self, request: VideoRequest, generator: torch.Generator) -> Tensor:
+        """At full shape, on the CPU: the same on every machine."""
+        shape = (1, self.transformer.config.in_channels, *self.model.spec.latent_size(request))
+        return torch.randn(shape, generator=generator).to(self.device)
 
     def _velocities(
         self,
@@ -211,7 +235,7 @@ class ZImageVideoDenoiser:
         control, pictures = request.control, conditioning.control
         if control is None or pictures is None:
             return None
-        if not control.acts_in(state.step, state.num_steps):
+        if not control.acts_in(state.step, request.num_steps):
             return None
         net = self.controls[self.model.control_net(control.type).id]
         return partial(
