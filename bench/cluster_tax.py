@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +47,25 @@ LARGE = {
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one video: CPU-seconds of all processes, and wall seconds."""
+    """Of one video: CPU-seconds of all processes, by what they are, and wall seconds."""
 
     cpu_s: float
     wall_s: float
+    by_process: Mapping[str, float] = field(default_factory=dict)
 
 
-def total_cpu_s(root: psutil.Process) -> float:
+def cpu_s_by_process(root: psutil.Process) -> Counter[str]:
     """User + system seconds of a process and its descendants, those that ended included."""
-    total = 0.0
+    found: Counter[str] = Counter()
     for process in [root, *root.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
             times = process.cpu_times()
-            total += times.user + times.system + times.children_user + times.children_system
-    return total
+            seconds = times.user + times.system + times.children_user + times.children_system
+            title = process.cmdline()[0].split(":")
+            found[title[-1] if "Replica" in process.cmdline()[0] else Path(title[-1]).name] += (
+                seconds
+            )
+    return found
 
 
 class PlainProcess:
@@ -136,10 +142,12 @@ def finish_video(client: Client, video_id: str) -> dict[str, Any]:
 
 def run_cluster(cluster: psutil.Process, client: Client, fields: dict[str, Any]) -> Cost:
     """One video."""
-    cpu_s, wall_s = total_cpu_s(cluster), time.monotonic()
+    before, wall_s = cpu_s_by_process(cluster), time.monotonic()
     make_video(client, fields)
     wall_s = time.monotonic() - wall_s
-    return Cost(total_cpu_s(cluster) - cpu_s, wall_s)
+    spent = cpu_s_by_process(cluster)
+    spent.subtract(before)
+    return Cost(sum(spent.values()), wall_s, spent)
 
 
 def run_queue(client: Client, fields: dict[str, Any], num_jobs: int) -> float:
@@ -216,6 +224,14 @@ def main() -> None:
     print(f"{'median of':30}{'CPU s':>8}{'wall s':>8}")
     for name, costs in rows.items():
         print(f"{f'{name} ({len(costs)})':30}{_cpu_s(costs):8.2f}{_wall_s(costs):8.2f}")
+    print("of that job's CPU-seconds in the cluster, by process:")
+    names = {name for cost in cluster_large for name in cost.by_process}
+    shares = {
+        name: statistics.median(cost.by_process.get(name, 0.0) for cost in cluster_large)
+        for name in names
+    }
+    for name, seconds in sorted(shares.items(), key=lambda share: -share[1])[:8]:
+        print(f"    {name:30}{seconds:8.2f}")
     print(f"large jobs a minute: plain {60 * plain_videos_per_s:.2f}, ", end="")
     print(f"cluster with {arguments.queued} queued {60 * cluster_videos_per_s:.2f}")
     result = {
