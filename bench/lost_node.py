@@ -3,7 +3,8 @@ the chain, since one machine has but one node of a whole one.
 """
 
 import hashlib
-import os
+import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,6 @@ WAIT_S = 60.0
 @contextmanager
 def two_nodes() -> Iterator[Cluster]:
     """A head with room for the replica and one rank, and one more node."""
-    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", "0" * 64
     head = {
         "num_cpus": 1,
         "resources": {"head": 1},
@@ -133,3 +133,14 @@ def _lose_a_node(cluster: Cluster, denoiser: DeploymentHandle[Any]) -> float:
         cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
         _, ended_s = ended.result()
     return ended_s - began_s
+
+
+def main() -> None:
+    """`python -m bench.lost_node CHECKPOINT FOLDER FIELDS AT_STEP CHECKPOINT_STEPS`, as JSON."""
+    checkpoint, folder, fields, at_step, checkpoint_steps = sys.argv[1:]
+    lost = LostNode(Path(checkpoint), Path(folder), int(checkpoint_steps))
+    print(json.dumps(lost.recover(json.loads(fields), int(at_step))))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,10 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
+import secrets
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,8 +26,14 @@ from typing import Any
 import psutil
 import yaml
 
-from bench.clusters import CHECKPOINT_STEPS, Cluster, add_pair, running_cluster, shipped_config
-from bench.lost_node import LostNode
+from bench.clusters import (
+    CHECKPOINT_STEPS,
+    ROOT,
+    Cluster,
+    add_pair,
+    running_cluster,
+    shipped_config,
+)
 from bench.machine import describe_machine
 from training.random_checkpoint import write_random_checkpoint
 
@@ -154,10 +164,21 @@ class Bench:
 
 
 def lose_node(folder: Path) -> Recovery:
-    """Of a group that has a rank on each of two nodes."""
-    lost = LostNode(folder / "random", folder / "of_nodes", CHECKPOINT_STEPS)
+    """Of a group that has a rank on each of two nodes; in a process of its own, since Ray reads how
+    its processes trust each other when it is imported.
+    """
     fields = {name: value for name, value in FIELDS.items() if name != "model"}
-    return Recovery("a node lost", *lost.recover(fields, AT_STEP))
+    given = [folder / "random", folder / "of_nodes", json.dumps(fields), AT_STEP, CHECKPOINT_STEPS]
+    trust = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.lost_node", *map(str, given)],
+        cwd=ROOT,
+        env={**os.environ, **trust},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return Recovery("a node lost", *json.loads(done.stdout.splitlines()[-1]))
 
 
 def _is_step(data: dict[str, Any]) -> bool:
