@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,9 +54,9 @@ class Cost:
     by_process: Mapping[str, float] = field(default_factory=dict)
 
 
-def cpu_s_by_process(root: psutil.Process) -> Counter[str]:
+def cpu_s_by_process(root: psutil.Process) -> dict[str, float]:
     """User + system seconds of a process and its descendants, those that ended included."""
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     for process in [root, *root.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess, IndexError):
             times = process.cpu_times()
@@ -145,8 +145,8 @@ def run_cluster(cluster: psutil.Process, client: Client, fields: dict[str, Any])
     before, wall_s = cpu_s_by_process(cluster), time.monotonic()
     make_video(client, fields)
     wall_s = time.monotonic() - wall_s
-    spent = cpu_s_by_process(cluster)
-    spent.subtract(before)
+    after = cpu_s_by_process(cluster)
+    spent = {name: seconds - before.get(name, 0.0) for name, seconds in after.items()}
     return Cost(sum(spent.values()), wall_s, spent)
 
 

@@ -85,7 +85,7 @@ async def read_create_body(request: Request, *, derived: bool = False) -> Create
     fields = named_fields(given)
     if "loras" in fields:
         fields["loras"] = _read_loras(fields["loras"])
-    for name in () if derived else ("video", "strength"):
+    for name in () if derived else ("video", "strength", "denoising_start", "mask"):
         if name in fields:
             raise InvalidRequest(name, f"{name} is a field of /v1/videos/edits and /extensions")
     for name in ("regions", "prompt_schedule", "seed_variance"):
