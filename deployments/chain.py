@@ -17,9 +17,9 @@ from deployments.text_encoder import TextEncoder
 from deployments.vae_decoder import VaeDecoder
 from media.object_store import LocalObjectStore
 from models.catalog import load_model
-from models.control import ControlNet, load_control_net
+from models.control import ControlDoesNotFit, load_control_net
 from models.licence import check_licence
-from models.lora import Lora, load_lora
+from models.lora import load_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,9 +108,12 @@ def _read_offers(config: AppConfig) -> dict[str, Offer]:
         if entry.licence_override is None:
             check_licence(model, config.operation)  # LicenceForbids
         offers[model.id] = Offer(model, entry.served_on, entry.licence_override)
-    used = [addition for offer in offers.values() for addition in offer.model.additions]
-    added: list[Lora | ControlNet] = [*loras, *controls]
-    for addition in added:
-        if addition not in used:
-            raise ValueError(f"{addition.id}: it is for {addition.base}, which no model here is")
+    offered = [offer.model for offer in offers.values()]
+    for lora in loras:
+        if not any(lora.fits(model) for model in offered):
+            raise ValueError(f"{lora.path}: a LoRA for {lora.base}, which no model here is")
+    for net in controls:
+        if not any(net.fits(model) for model in offered):
+            reasons = "; ".join(str(net.misfit(model)) for model in offered)
+            raise ControlDoesNotFit(str(net.folder), reasons)
     return offers

@@ -152,7 +152,7 @@ class AnimateDiffDenoiser(OneAtATime[AnimateDiffConditioning]):
         self.device = choose_device()
         self.dtype = choose_dtype(self.device)
         unet = _load_unet(model, self.dtype, self.device)
-        self.controls = AnimateDiffControls(model.controls, unet.config, self.dtype, self.device)
+        self.controls = AnimateDiffControls(model.controls, self.dtype, self.device)
         self.unet = FrameUnet(unet, self.controls.shardings)
         self.loras = LoraLayers(self.unet.unet, model.loras)
         self.schedules = DiffusionSchedules(model.folder)

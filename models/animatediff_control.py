@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.catalog import Model
 from models.conditioning import AnimateDiffConditioning, FloatArray
-from models.control import ControlDoesNotFit, ControlNet
+from models.control import ControlNet
 from models.request import VideoRequest
 from models.unet_sharding import shard_frames
 from models.weights import load_component
@@ -68,7 +68,6 @@ class AnimateDiffControls:
     def __init__(
         self,
         nets: Sequence[ControlNet],
-        unet_config: dict[str, object],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -76,10 +75,6 @@ class AnimateDiffControls:
         self.models = {}
         self.shardings: list[FrameSharding] = []
         for net in nets:
-            for key in ("in_channels", "block_out_channels", "layers_per_block"):
-                if _as_list(net.config.get(key)) != _as_list(unet_config[key]):
-                    told = f"its {key} is {net.config.get(key)}, the UNet's {unet_config[key]}"
-                    raise ControlDoesNotFit(str(net.folder), told)
             kind = SparseControlNetModel if net.is_sparse else ControlNetModel
             model = load_component(kind, net.folder, dtype, device)
             if net.is_sparse:
@@ -152,10 +147,6 @@ class AnimateDiffControls:
             return_dict=False,
         )
         return list(down), middle
-
-
-def _as_list(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def as_pixels(padded: NDArray[np.uint8]) -> FloatArray:

@@ -10,6 +10,12 @@ from models.request import ControlKind
 from models.spec import WeightsDamaged, read_json
 from models.weight_files import sha256_of
 
+# The denoiser's folder, and what a network and it have in common.
+SAME_SIZES = {
+    Base.Z_IMAGE: ("transformer", ("dim", "n_heads", "n_kv_heads", "n_refiner_layers")),
+    Base.SD_1: ("unet", ("in_channels", "block_out_channels", "layers_per_block")),
+}
+
 
 class ControlDoesNotFit(WeightsDamaged):
     """A control network is not made for the layers of the model, or for none that is run here."""
@@ -54,10 +60,26 @@ class ControlNet:
         """Its publishers'."""
         return 0.75 if self.base is Base.Z_IMAGE else 1.0
 
-    def fits(self, model: Model) -> bool:
-        """Whether it was made for a model of this kind; an image model's layers are the video's."""
+    def misfit(self, model: Model) -> str | None:
+        """Why it can't lead a model: it is for another kind, or for layers of other sizes; None if
+        it can. An image model's layers are the video's.
+        """
         base = FAMILY_BASES[model.manifest.family]
-        return self.base is base or (self.base, base) == (Base.Z_IMAGE, Base.Z_IMAGE_VIDEO)
+        if self.base is not base and (self.base, base) != (Base.Z_IMAGE, Base.Z_IMAGE_VIDEO):
+            return f"it is for {self.base}, and {model.id} is {base}"
+        part, keys = SAME_SIZES[self.base]
+        config = read_json(model.folder / part / "config.json")
+        for key in keys:
+            if self.config.get(key) != config.get(key):
+                return f"its {key} is {self.config.get(key)}, {model.id}'s {config.get(key)}"
+        last_place = max(self.config.get("control_layers_places", [0]))
+        if last_place >= config.get("n_layers", 1):
+            return f"it has a say in layer {last_place} of {config.get('n_layers')}"
+        return None
+
+    def fits(self, model: Model) -> bool:
+        """Whether it can lead the model."""
+        return self.misfit(model) is None
 
 
 def load_control_net(folder: Path, control_id: str, kinds: tuple[ControlKind, ...]) -> ControlNet:

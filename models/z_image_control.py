@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformer2
 from torch import Tensor, nn
 
 from models.conditioning import FloatArray
-from models.control import ControlDoesNotFit, ControlNet
+from models.control import ControlNet
 from models.transformer_sharding import MASKED, LocalSamples, ZImageProcessor, ZImageStretch
 from models.weights import load_component
 from parallel.process_group import alone
@@ -27,15 +27,6 @@ class ZImageControl:
     def __init__(
         self, net: ControlNet, transformer: ZImageTransformer2DModel, sharding: SequenceSharding
     ) -> None:
-        config = transformer.config
-        for key in ("dim", "n_heads", "n_kv_heads", "n_refiner_layers"):
-            if net.config.get(key) != config[key]:
-                told = f"its {key} is {net.config.get(key)}, the transformer's {config[key]}"
-                raise ControlDoesNotFit(str(net.folder), told)
-        last_place = max(net.config["control_layers_places"])
-        if last_place >= config.n_layers:
-            told = f"it has a say in layer {last_place} of {config.n_layers}"
-            raise ControlDoesNotFit(str(net.folder), told)
         device, self.dtype = transformer.device, transformer.dtype
         model = load_component(ZImageControlNetModel, net.folder, self.dtype, device)
         self.model = ZImageControlNetModel.from_transformer(model, transformer)
@@ -43,7 +34,7 @@ class ZImageControl:
             weight.numel() for weight in self.model.control_layers.parameters()
         )
         self.num_layers = len(self.model.control_layers)
-        _share(self.model, config.n_layers - 1, sharding)
+        _share(self.model, transformer.config.n_layers - 1, sharding)
 
     def samples(
         self,

@@ -193,7 +193,9 @@ def test_models_tell_what_they_take_and_who_may_use_them(
         "prompt": False,
         "input_reference": "required",
         "video": False,
+        "control": {},
     }
+    assert [models[name]["base"] for name in ("animatediff", "svd-xt")] == ["sd-1", "svd"]
     assert models["animatediff"]["inputs"] == {
         "prompt": True,
         "input_reference": "refused",

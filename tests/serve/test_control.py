@@ -40,10 +40,16 @@ def picture_file(path: Path, pixels: NDArray[np.uint8]) -> Path:
     if len(pixels) == 1:
         Image.fromarray(pixels[0]).save(path.with_suffix(".png"))
         return path.with_suffix(".png")
-    with Mp4Encoder(path.with_suffix(".mp4"), width=SIDE, height=SIDE, fps=8, threads=1) as encoder:
+    through_mp4(path.with_suffix(".mp4"), pixels)
+    return path.with_suffix(".mp4")
+
+
+def through_mp4(path: Path, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The frames as the chain would encode them: of noise, that leaves little."""
+    with Mp4Encoder(path, width=SIDE, height=SIDE, fps=8, threads=1) as encoder:
         encoder.write(Frames(pixels, 8))
         encoder.finish()
-    return path.with_suffix(".mp4")
+    return read_mp4(path)
 
 
 def in_process(
@@ -98,7 +104,8 @@ def test_a_led_video_is_that_of_one_process(
     given = {**control, "frames": video["control"]["frames"]}
     expected = in_process(folder, net, given, pixels)
     free = in_process(folder, net, {**given, "scale": 0}, pixels)
-    assert distance(made, expected) < distance(made, free) / 2
+    expected, free = (through_mp4(tmp_path / "x.mp4", pixels) for pixels in (expected, free))
+    assert distance(made, expected) < 0.2 * distance(made, free)
 
 
 def test_animatediff_begins_from_an_image(cluster: Cluster, tmp_path: Path) -> None:

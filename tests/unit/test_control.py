@@ -28,7 +28,7 @@ from PIL import Image
 
 from bench import stock_pipelines
 from models.catalog import Model, load_model
-from models.control import ControlDoesNotFit, ControlNet, load_control_net
+from models.control import ControlNet, load_control_net
 from models.denoise import denoise
 from models.request import ControlKind, InvalidRequest, VideoRequest
 from models.spec import WeightsDamaged
@@ -390,20 +390,24 @@ def test_the_publishers_scale_is_the_default(z_image: Model, animatediff: Model)
     assert scales == {"z-image-video": 0.75, "animatediff": 1.0}
 
 
-def test_a_network_for_other_layers_is_refused_when_it_is_loaded(
+def test_a_network_leads_only_models_of_its_kind_and_sizes(
     checkpoint: Path, random_family: Callable[[str], Path], tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
     write_random_checkpoint(other, dim=128, num_layers=1)
     write_random_z_image_control(other / "transformer", tmp_path / "union")
-    model = with_control(load_model(checkpoint), tmp_path / "union", "canny")
-    with pytest.raises(ControlDoesNotFit, match="its dim is 128, the transformer's 64"):
-        load_denoiser(model)
+    union = load_control_net(tmp_path / "union", "union", (ControlKind.CANNY,))
+    assert union.fits(load_model(other))
+    assert union.misfit(load_model(checkpoint)) == "its dim is 128, z-image-video's 64"
+    animatediff = load_model(random_family("animatediff"))
+    assert union.misfit(animatediff) == "it is for z-image, and animatediff is sd-1"
+    deep = replace(union, config={**union.config, "dim": 64, "n_heads": 2, "n_kv_heads": 2})
+    deep.config["control_layers_places"] = [0, 2]
+    assert deep.misfit(load_model(checkpoint)) == "it has a say in layer 2 of 1"
     write_random_controlnet(tmp_path / "wide", width=16)
-    wide = with_control(load_model(random_family("animatediff")), tmp_path / "wide", "hed")
-    with pytest.raises(ControlDoesNotFit, match="block_out_channels"):
-        load_denoiser(wide)
+    wide = load_control_net(tmp_path / "wide", "wide", (ControlKind.HED,))
+    assert "block_out_channels" in str(wide.misfit(animatediff))
 
 
 def test_what_is_no_control_network_is_refused(checkpoint: Path) -> None:
