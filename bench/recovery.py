@@ -4,7 +4,8 @@
 where the ranks were not at fault, until the job is leased anew; where everything was killed, that
 is counted from when the new server is ready. `pause`: the longest time between two steps that the
 owner is told of. `again`: steps that were told twice. A hang is found by the time that steps take,
-a lost pipeline by its lease, everything else by the death of a process.
+a lost pipeline by its lease, everything else by the death of a process. `detect_s_max` is of the
+faults that kill a rank or its owner; a whole node's loss Ray has to notice first.
 """
 
 import argparse
@@ -42,7 +43,7 @@ AT_STEP = 16  # with what the stream is behind, between two checkpoints
 FIELDS = {"prompt": "x", "model": "pair", "num_steps": NUM_STEPS, "num_frames": 29, "seed": 1}
 HANG_S = 1.0
 WAIT_S, POLL_S = 60.0, 0.01
-RANK_DIES = ("a rank killed", "the denoiser killed", "a node lost")
+RANK_DIES = ("a rank killed", "the denoiser killed")
 
 
 @dataclass(frozen=True, slots=True)
