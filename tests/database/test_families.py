@@ -200,6 +200,7 @@ def test_models_tell_what_they_take_and_who_may_use_them(
         "prompt": True,
         "input_reference": "refused",
         "video": True,
+        "control": {},
     }
     assert models["svd"]["licence"]["override"] == "bought on 2026-01-02"
     assert models["svd"]["defaults"]["motion_bucket_id"] == 127
