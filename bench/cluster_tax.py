@@ -58,12 +58,11 @@ def cpu_s_by_process(root: psutil.Process) -> dict[str, float]:
     """User + system seconds of a process and its descendants, those that ended included."""
     found: dict[str, float] = defaultdict(float)
     for process in [root, *root.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+        with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
-            seconds = times.user + times.system + times.children_user + times.children_system
-            title = process.cmdline()[0].split(":")
-            found[title[-1] if "Replica" in process.cmdline()[0] else Path(title[-1]).name] += (
-                seconds
+            title = next(iter(process.cmdline()), process.name()).rsplit(":", 1)[-1]
+            found[Path(title).name] += (
+                times.user + times.system + times.children_user + times.children_system
             )
     return found
 

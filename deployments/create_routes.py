@@ -167,7 +167,7 @@ class CreateRoutes:
         inputs = {"source_video": source.content}
         if body.mask is not None:
             mask = await self.sources.mask(body.mask, resolved, account_of(request).id)
-            inputs["mask"] = mask.content if isinstance(mask, SourceVideo) else mask
+            inputs["mask"] = mask.content if isinstance(mask, SourceVideo) else mask.png
         return self._answer(await self._admit(request, body, resolved, inputs, attempt))
 
     async def extend(self, request: Request) -> JSONResponse:

@@ -79,22 +79,19 @@ class Sources:
         control = request.control
         assert control is not None
         param = "control_reference"
-        if isinstance(given, str) and WEB_URL.fullmatch(given):
-            given = await self._fetch(given, param)
-        if isinstance(given, bytes) and not await run_in_threadpool(is_video, given):
-            image = await self.image(given, (request.width, request.height), param=param)
+        found = await self._open(given, request, account_id, param)
+        if isinstance(found, StartImage):
             if model.control_net(control.type).is_sparse and control.frames is None:
                 control = control.model_copy(update={"frames": FIRST_FRAME})
             if control.frames is not None and len(control.frames) > 1:
                 message = f"{param} is one image, and control names {len(control.frames)} frames"
                 raise InvalidRequest(param, message)
-            return image.png, control
-        source = await self.video(given, account_id, param)
+            return found.png, control
         wanted = request.num_frames if control.frames is None else len(control.frames)
-        if source.num_frames != wanted:
-            message = f"{param} has {source.num_frames} frames, not {wanted}, one for each led"
+        if found.num_frames != wanted:
+            message = f"{param} has {found.num_frames} frames, not {wanted}, one for each led"
             raise InvalidRequest(param, message)
-        return source.content, control
+        return found.content, control
 
     async def masks(
         self, given: Sequence[bytes | str], request: VideoRequest, account_id: str, param: str
@@ -109,30 +106,41 @@ class Sources:
     async def _mask(
         self, given: bytes | str, request: VideoRequest, account_id: str, param: str
     ) -> Mask:
-        read = await self.mask(given, request, account_id, param)
-        if isinstance(read, SourceVideo):
-            return await self._decode(
-                lambda: np.concatenate([as_mask(chunk) for chunk in every_frame(read)])
-            )
-        return as_mask(decode_png(read)[None])
+        found = await self.mask(given, request, account_id, param)
+        if isinstance(found, StartImage):
+            return as_mask(decode_png(found.png)[None])
+        return await self._decode(
+            lambda: np.concatenate([as_mask(chunk) for chunk in every_frame(found)])
+        )
 
     async def mask(
         self, given: bytes | str, request: VideoRequest, account_id: str, param: str = "mask"
-    ) -> SourceVideo | bytes:
-        """A video or a PNG of just the video's size, as checked."""
-        wanted = request.width, request.height
+    ) -> SourceVideo | StartImage:
+        """Just of the video's size, and a video of as many frames."""
+        found = await self._open(given, request, account_id, param)
+        if isinstance(found, StartImage):
+            size, num_frames = found.size, request.num_frames
+        else:
+            size, num_frames = (found.shape.width, found.shape.height), found.num_frames
+        if size != (request.width, request.height):
+            shapes = "{}x{}, the video {}x{}".format(*size, request.width, request.height)
+            raise InvalidRequest(param, f"{param}: a mask is {shapes}")
+        if num_frames != request.num_frames:
+            message = f"{param}: a mask has {num_frames} frames, not {request.num_frames}"
+            raise InvalidRequest(param, message)
+        return found
+
+    async def _open(
+        self, given: bytes | str, request: VideoRequest, account_id: str, param: str
+    ) -> SourceVideo | StartImage:
+        """A video, or an image that is fitted to the request's size."""
         if isinstance(given, str) and WEB_URL.fullmatch(given):
             given = await self._fetch(given, param)
-        if isinstance(given, bytes) and not await run_in_threadpool(is_video, given):
-            image = await self.image(given, wanted, param=param)
-            _check_size(param, image.size, wanted)
-            return image.png
-        source = await self.video(given, account_id, param)
-        _check_size(param, (source.shape.width, source.shape.height), wanted)
-        if source.num_frames != request.num_frames:
-            message = f"{param}: a mask has {source.num_frames} frames, not {request.num_frames}"
-            raise InvalidRequest(param, message)
-        return source
+        if isinstance(given, bytes):
+            content = given
+            if not await self._decode(lambda: is_video(content)):
+                return await self.image(content, (request.width, request.height), param=param)
+        return await self.video(given, account_id, param)
 
     def find_finished(self, video_id: str, account_id: str) -> Job:
         """A video of the account's that is made; JobNotFound, VideoNotReady."""
@@ -151,9 +159,3 @@ class Sources:
     async def _decode(self, read: Callable[[], T]) -> T:
         async with self.decoding:
             return await run_in_threadpool(read)
-
-
-def _check_size(param: str, size: tuple[int, int], wanted: tuple[int, int]) -> None:
-    if size != wanted:
-        shapes = "{}x{}, the video {}x{}".format(*size, *wanted)
-        raise InvalidRequest(param, f"{param}: a mask is {shapes}")

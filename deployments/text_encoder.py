@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -21,6 +21,7 @@ from models.embeddings import EmbeddingCache
 from models.masks import read_masks
 from models.memory import within_memory
 from models.request import VideoRequest
+from models.stages import ControlEncoder
 from models.start_image import decode_png
 
 PNG = b"\x89PNG"
@@ -71,8 +72,9 @@ class TextEncoder:
             pictures = self._read_pictures(request, request.control_reference)
             if request.control.preprocess:
                 pictures = find_edges(pictures)
+            leader = cast("ControlEncoder[Any]", encoder)
             control = within_memory(
-                request.model, lambda: encoder.encode_control(request, pictures, embeddings)
+                request.model, lambda: leader.encode_control(request, pictures, embeddings)
             )
             conditioning = dataclasses.replace(conditioning, control=control)
         return Encoded(

@@ -51,14 +51,14 @@ def leads_of(
 ) -> list[Lead]:
     """All that has a say in a step: the start image, and what the request is led by."""
     leads = []
-    if conditioning.start is not None and model.start_control is not None:
-        net = model.start_control
-        leads.append(Lead(net, conditioning.start, FIRST_FRAME, net.default_scale))
-    control, pictures = request.control, conditioning.control
+    control, start, pictures = request.control, conditioning.start, conditioning.control
+    if (request.start_image is None) != (start is None) or (control is None) != (pictures is None):
+        raise ValueError("what is to lead the video is not in its conditioning")
+    if start is not None and (net := model.start_control) is not None:
+        leads.append(Lead(net, start, FIRST_FRAME, net.default_scale))
     if control is not None and pictures is not None and control.acts_in(step, request.num_steps):
         net = model.control_net(control.type)
-        frames = control.frames if net.is_sparse else None
-        leads.append(Lead(net, pictures, frames, control.scale))
+        leads.append(Lead(net, pictures, control.frames, control.scale))
     return leads
 
 

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from models.lora import Lora
 
 IMAGE_TOKEN = "<image>"
-# Z-Image pads its tokens to multiples of it; fewer than the least are no text.
-TOKENS_PADDED_TO = LEAST_TEXT_TOKENS = 32
+# Z-Image pads its texts' and its image's tokens to multiples of it.
+TOKENS_PADDED_TO = 32
 
 
 class ModelNotFound(Exception):

@@ -42,8 +42,9 @@ class Checkpoint:
 
 
 def request_digest(request: VideoRequest) -> str:
-    """SHA-256 of all that was asked."""
-    return hashlib.sha256(request.model_dump_json().encode()).hexdigest()
+    """SHA-256 of all that was asked; a field that a later version adds changes none."""
+    asked = request.model_dump_json(exclude_defaults=True)
+    return hashlib.sha256(asked.encode()).hexdigest()
 
 
 def model_revision(model: Model) -> str:

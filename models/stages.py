@@ -41,6 +41,19 @@ class Encoder(Protocol[Made]):
         ...
 
 
+class ControlEncoder(Encoder[Made], Protocol[Made]):
+    """One whose family takes `control`."""
+
+    def encode_control(
+        self,
+        request: VideoRequest,
+        frames: NDArray[np.uint8],
+        embeddings: Embeddings | None = None,
+    ) -> NDArray[np.float32]:
+        """The pictures uint8 [F, H, W, 3] that lead, as the control network takes them."""
+        ...
+
+
 class Denoiser(Protocol[Told]):
     """Draws the noise, then removes it step by step."""
 

@@ -182,8 +182,10 @@ class ZImageVideoDenoiser:
         So a grey place is the source's in the noisy steps, and is made with the rest in the last
         ones; as InvokeAI's gradient masks.
         """
-        if told.mask is None or told.source_latents is None:
+        if request.mask is None:
             return latents
+        if told.mask is None or told.source_latents is None:
+            raise ValueError("the mask or the video that it is of is not in the conditioning")
         source = torch.tensor(told.source_latents, device=self.device)[None]
         mask = torch.tensor(told.mask, device=self.device)
         noise = self._noise(request, torch.Generator("cpu").manual_seed(request.seed))
@@ -233,10 +235,10 @@ class ZImageVideoDenoiser:
     ) -> Lead | None:
         """What leads this step, if anything does."""
         control, pictures = request.control, conditioning.control
-        if control is None or pictures is None:
+        if control is None or not control.acts_in(state.step, request.num_steps):
             return None
-        if not control.acts_in(state.step, request.num_steps):
-            return None
+        if pictures is None:
+            raise ValueError("what is to lead the video is not in its conditioning")
         net = self.controls[self.model.control_net(control.type).id]
         return partial(
             net.samples,

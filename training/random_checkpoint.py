@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
@@ -17,6 +18,21 @@ from training.train_vae import make_vae
 
 MANIFEST = Path(__file__).with_name("manifest.json")
 HEAD_DIM = 32
+
+
+def make_image_vae(latent_channels: int) -> AutoencoderKL:
+    """An image model's, eight times smaller in space, as Z-Image's but tiny."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[8] * 4,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        shift_factor=0.1159,
+        scaling_factor=0.3611,
+    )
 
 
 def write_random_checkpoint(

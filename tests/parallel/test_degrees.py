@@ -59,15 +59,17 @@ class Course:
 
     def request(self) -> VideoRequest:
         fields = {"prompt": "a red circle", "seed": 7, "num_steps": len(self.schedule)}
-        return self.model().resolve({**fields, **self.fields})
+        model = self.model()
+        takes_image = model.start_image is Use.REQUIRED or model.start_control is not None
+        start = "inputs/x" if takes_image else None
+        return model.resolve({**fields, **self.fields, "start_image": start})
 
     def conditioning(self) -> Any:
         model, request = self.model(), self.request()
         image = io.BytesIO()
         Image.new("RGB", (request.width, request.height), "red").save(image, "PNG")
         encoder: Any = load_encoder(model)
-        takes_image = model.spec.start_image is Use.REQUIRED or model.start_control is not None
-        made = encoder.encode(request, image.getvalue() if takes_image else None)
+        made = encoder.encode(request, image.getvalue() if request.start_image else None)
         if request.control is None:
             return made
         shape = (request.num_frames, request.height, request.width, 3)

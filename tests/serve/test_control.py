@@ -1,5 +1,7 @@
 """What leads a video over HTTP, on two ranks, ends in the frames that one process makes of it."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from bench.clusters import Cluster
+from bench.clusters import Cluster, environment
 from media.edges import find_edges
 from media.encode import Mp4Encoder
 from models.catalog import load_model
@@ -119,3 +121,20 @@ def test_animatediff_begins_from_an_image(cluster: Cluster, tmp_path: Path) -> N
         client.download(video["id"], tmp_path / "video.mp4")
         found.append((tmp_path / "video.mp4").read_bytes())
     assert found[0] != found[1]
+
+
+def test_the_command_leads_by_the_edges_of_a_file(cluster: Cluster, tmp_path: Path) -> None:
+    reference = picture_file(tmp_path / "reference", moving_square())
+    out = tmp_path / "out.mp4"
+    command = [
+        *(str(Path(sys.executable).with_name("mutoscope")), "generate", "a red circle"),
+        *("--model", "animatediff", "--frames", str(NUM_FRAMES), "--size", f"{SIDE}x{SIDE}"),
+        *("--control", "canny", "--find-edges", "--control-file", str(reference)),
+        *("--control-scale", "0.5", "--out", str(out)),
+    ]
+    done = subprocess.run(command, env=environment(cluster.home), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(read_mp4(out)) == NUM_FRAMES
+    made = cluster.client.call("GET", "/v1/videos")["data"][0]
+    control = made["control"]
+    assert (control["type"], control["scale"], control["preprocess"]) == ("canny", 0.5, True)

@@ -120,3 +120,16 @@ def test_one_of_other_weights_is_not_used(
     manifest = model.manifest.model_copy(update={"sha256": changed})
     with pytest.raises(CheckpointUnusable, match="weights"):
         check_agrees(saved, a_request(), replace(model, manifest=manifest))
+
+
+def test_a_field_that_a_later_version_adds_makes_no_checkpoint_unusable(
+    a_request: ARequest,
+) -> None:
+    class LaterRequest(VideoRequest):
+        later: str | None = None
+
+    request = a_request()
+    later = LaterRequest.model_validate(request.model_dump())
+    assert request_digest(later) == request_digest(request)
+    asked = LaterRequest.model_validate({**request.model_dump(), "later": "x"})
+    assert request_digest(asked) != request_digest(request)

@@ -12,34 +12,23 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.controlnets.controlnet import ControlNetModel
-from diffusers.models.controlnets.controlnet_sparsectrl import SparseControlNetModel
 from diffusers.models.controlnets.controlnet_z_image import ZImageControlNetModel
-from diffusers.pipelines.animatediff import pipeline_animatediff_sparsectrl
-from diffusers.pipelines.animatediff.pipeline_animatediff_controlnet import (
-    AnimateDiffControlNetPipeline,
-)
-from diffusers.pipelines.animatediff.pipeline_animatediff_sparsectrl import (
-    AnimateDiffSparseControlNetPipeline,
-)
 from diffusers.pipelines.z_image.pipeline_z_image_controlnet import ZImageControlNetPipeline
 from numpy.typing import NDArray
 from PIL import Image
 
 from bench import stock_pipelines
 from models.catalog import Model, load_model
-from models.control import ControlNet, load_control_net
+from models.control import load_control_net
 from models.denoise import denoise
 from models.request import ControlKind, InvalidRequest, VideoRequest
 from models.spec import WeightsDamaged
 from models.stages import load_denoiser, load_encoder
-from models.start_image import decode_png
 from models.tensors import DenoiseState
-from tests.unit.test_families import RandomFamily, png
-from training.random_checkpoint import write_random_checkpoint
+from tests.unit.conftest import with_control
+from training.random_checkpoint import make_image_vae, write_random_checkpoint
 from training.random_controls import (
     write_random_controlnet,
-    write_random_sparse_control,
     write_random_z_image_control,
 )
 
@@ -56,12 +45,6 @@ def images(frames: Pixels) -> list[Image.Image]:
     return [Image.fromarray(frame) for frame in frames]
 
 
-def with_control(model: Model, folder: Path, *kinds: str) -> Model:
-    net = load_control_net(folder, folder.name, tuple(map(ControlKind, kinds)))
-    assert net.fits(model)
-    return replace(model, controls=(*model.controls, net))
-
-
 def states_of(
     model: Model, request: VideoRequest, frames: Pixels | None = None, image: bytes | None = None
 ) -> list[DenoiseState]:
@@ -74,26 +57,6 @@ def states_of(
 
 def latents_of(*given: Any) -> torch.Tensor:
     return states_of(*given)[-1].latents
-
-
-@pytest.fixture(scope="module")
-def z_image(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """With a control of canny and depth."""
-    folder = tmp_path_factory.mktemp("controls") / "union"
-    write_random_z_image_control(checkpoint / "transformer", folder)
-    return with_control(load_model(checkpoint), folder, "canny", "depth")
-
-
-@pytest.fixture(scope="module")
-def animatediff(random_family: RandomFamily, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    folder = tmp_path_factory.mktemp("controls")
-    write_random_controlnet(folder / "canny")
-    write_random_sparse_control(folder / "rgb")
-    write_random_sparse_control(folder / "scribble", latents=False)
-    model = load_model(random_family("animatediff"))
-    for name in ("canny", "rgb", "scribble"):
-        model = with_control(model, folder / name, name)
-    return model
 
 
 def ask(model: Model, **fields: Any) -> VideoRequest:
@@ -153,17 +116,7 @@ def test_a_led_image_equals_that_of_the_upstream_pipeline_to_the_bit(
     folder = tmp_path / "image"
     shutil.copytree(checkpoint, folder)
     shutil.rmtree(folder / "vae")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[8] * 4,
-        layers_per_block=1,
-        latent_channels=8,
-        norm_num_groups=4,
-        shift_factor=0.1159,
-        scaling_factor=0.3611,
-    ).save_pretrained(folder / "vae")
+    make_image_vae(8).save_pretrained(folder / "vae")
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": {}}))
     net = tmp_path / "union"
@@ -247,102 +200,6 @@ def test_control_acts_from_its_start_to_its_end(
     assert not torch.equal(early[2].latents, whole[2].latents)
 
 
-def stock_controlled(model: Model, pipeline: Any, kind: type[Any], net: ControlNet) -> Any:
-    made = stock_pipelines.animatediff(
-        model.folder,
-        pipeline=lambda **parts: pipeline(**parts, controlnet=kind.from_pretrained(net.folder)),
-    )
-    return stock_pipelines.prepared(made)
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
-def test_a_controlnet_leads_animatediff_as_the_stock_pipeline_to_the_bit(
-    animatediff: Model, guidance_scale: float
-) -> None:
-    frames = pictures(5)
-    fields = {"num_frames": 5, "guidance_scale": guidance_scale, "num_steps": 4}
-    request = ask(animatediff, negative_prompt="blurred", **fields, **led(scale=0.6, end=0.75))
-    net = animatediff.control_net(ControlKind.CANNY)
-    pipeline = stock_controlled(animatediff, AnimateDiffControlNetPipeline, ControlNetModel, net)
-    expected = pipeline(
-        prompt=request.prompt,
-        negative_prompt="blurred",
-        num_frames=5,
-        guidance_scale=guidance_scale,
-        num_inference_steps=4,
-        conditioning_frames=images(frames),
-        controlnet_conditioning_scale=0.6,
-        control_guidance_end=0.75,
-        height=SIDE,
-        width=SIDE,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        output_type="latent",
-    ).frames
-    assert torch.equal(latents_of(animatediff, request, frames), expected)
-
-
-@pytest.mark.parametrize("kind", ["scribble", "rgb"])
-def test_sparse_control_leads_some_frames_as_in_the_stock_pipeline(
-    animatediff: Model, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which draws the pictures' latents from their posterior, of which the mode is taken here, and
-    encodes them in another layout of memory, which rounds otherwise.
-    """
-    monkeypatch.setattr(
-        pipeline_animatediff_sparsectrl,
-        "retrieve_latents",
-        lambda encoded: encoded.latent_dist.mode(),
-    )
-    frames = pictures(2)
-    request = ask(animatediff, num_frames=5, **led(kind, frames=[0, 3]))
-    net = animatediff.control_net(ControlKind(kind))
-    pipeline = stock_controlled(
-        animatediff, AnimateDiffSparseControlNetPipeline, SparseControlNetModel, net
-    )
-    encode = pipeline.vae.encode
-    monkeypatch.setattr(pipeline.vae, "encode", lambda pixels: encode(pixels.contiguous()))
-    expected = pipeline(
-        prompt=request.prompt,
-        num_frames=5,
-        guidance_scale=request.guidance_scale,
-        num_inference_steps=3,
-        conditioning_frames=images(frames),
-        controlnet_frame_indices=[0, 3],
-        height=SIDE,
-        width=SIDE,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        output_type="latent",
-    ).frames
-    got = latents_of(animatediff, request, frames)
-    assert torch.equal(got, expected)
-    elsewhere = ask(animatediff, num_frames=5, **led(kind, frames=[0, 4]))
-    assert not torch.equal(latents_of(animatediff, elsewhere, frames), got)
-
-
-def test_a_start_image_is_sparse_control_of_the_first_frame(animatediff: Model) -> None:
-    image = png(SIDE, SIDE)
-    request = ask(animatediff, num_frames=5).model_copy(update={"start_image": "inputs/x"})
-    started = latents_of(animatediff, request, None, image)
-    frame = decode_png(image)[None]
-    same = ask(animatediff, num_frames=5, **led("rgb", frames=[0]))
-    assert torch.equal(started, latents_of(animatediff, same, frame))
-
-
-def test_a_start_image_and_a_control_both_have_a_say(animatediff: Model) -> None:
-    image, frames = png(SIDE, SIDE), pictures(5)
-    plain = ask(animatediff, num_frames=5)
-    led_by_both = ask(animatediff, num_frames=5, **led())
-    started = plain.model_copy(update={"start_image": "inputs/x"})
-    both = led_by_both.model_copy(update={"start_image": "inputs/x"})
-    made = [
-        latents_of(animatediff, plain),
-        latents_of(animatediff, started, None, image),
-        latents_of(animatediff, led_by_both, frames),
-        latents_of(animatediff, both, frames, image),
-    ]
-    assert len({latents.numpy().tobytes() for latents in made}) == 4
-
-
 @pytest.mark.parametrize(
     ("family", "fields", "param", "told"),
     [
@@ -413,3 +270,12 @@ def test_a_network_leads_only_models_of_its_kind_and_sizes(
 def test_what_is_no_control_network_is_refused(checkpoint: Path) -> None:
     with pytest.raises(WeightsDamaged, match="not a control network"):
         load_control_net(checkpoint, "x", (ControlKind.CANNY,))
+
+
+@pytest.mark.parametrize("family", ["z_image", "animatediff"])
+def test_a_led_request_without_its_pictures_makes_no_step(
+    family: str, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(family)
+    with pytest.raises(ValueError, match="is not in its conditioning"):
+        states_of(model, ask(model, num_frames=5, **led()))

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 
 from models.catalog import load_model
@@ -18,6 +17,7 @@ from models.inflate import inflate, inflate_transformer
 from models.probe import NotRecognised
 from models.spec import WeightsMissing
 from models.stages import load_decoder, load_denoiser, load_encoder
+from training.random_checkpoint import make_image_vae
 
 MUTOSCOPE = Path(sys.executable).with_name("mutoscope")
 
@@ -49,16 +49,7 @@ def image_checkpoint(
     for part in ("text_encoder", "tokenizer", "scheduler"):
         shutil.copytree(checkpoint / part, folder / part)
     image_model.save_pretrained(folder / "transformer")
-    AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[8] * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        shift_factor=0.1159,
-        scaling_factor=0.3611,
-    ).save_pretrained(folder / "vae")
+    make_image_vae(4).save_pretrained(folder / "vae")
     (folder / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
     return folder
 

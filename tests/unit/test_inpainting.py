@@ -36,6 +36,7 @@ def states_of(
     encoder: Any = load_encoder(model)
     conditioning = encoder.encode(request, None, source)
     if mask is not None:
+        request = request.model_copy(update={"mask": "inputs/x"})
         conditioning = replace(conditioning, mask=encoder.encode_mask(request, mask))
     return conditioning, list(denoise(load_denoiser(model), request, conditioning))
 
@@ -100,7 +101,7 @@ def test_grey_is_kept_in_the_noisy_steps_and_made_in_the_last_ones(
 def test_a_masked_edit_goes_on_from_any_step_in_the_same_bits(
     model: Model, an_edit: ARequest
 ) -> None:
-    request, mask = an_edit(), grey(0)
+    request, mask = an_edit(mask="inputs/x"), grey(0)
     mask[:, :, 32:] = 255
     told, states = states_of(model, request, clip(), mask)
     denoiser = load_denoiser(model)
@@ -153,3 +154,8 @@ def test_what_leaves_no_step_is_refused(
     with pytest.raises(InvalidRequest) as refused:
         a_request(num_steps=NUM_STEPS, **fields)
     assert refused.value.param == param
+
+
+def test_a_masked_edit_without_its_mask_makes_no_step(model: Model, an_edit: ARequest) -> None:
+    with pytest.raises(ValueError, match="the mask"):
+        states_of(model, an_edit(mask="inputs/x"), clip())

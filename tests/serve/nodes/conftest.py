@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from autoscaling.step_scheduler import StepSchedulerConfig
 from autoscaling.tiers import GpuTier
+from bench.lost_node import two_nodes
 from deployments.config import DenoiserConfig, TierConfig
 from deployments.denoiser import Denoiser
 from deployments.messages import DenoiseWork
@@ -28,7 +29,6 @@ from models.conditioning import ZImageConditioning
 from models.request import VideoRequest
 from models.stages import load_encoder
 
-STORE_BYTES = 100 << 20
 NUM_STEPS = 12
 SAVED_EVERY = 3
 Latents = NDArray[np.float32]
@@ -44,23 +44,8 @@ def nodes(shell: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head that has room for the replica and one rank, and one more node."""
     shell.setenv("RAY_AUTH_MODE", "token")
     shell.setenv("RAY_AUTH_TOKEN", "0" * 64)
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 1,
-            "resources": {"head": 1},
-            "object_store_memory": STORE_BYTES,
-            "include_dashboard": False,
-        },
-    )
-    try:
-        cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-        ray.init(address=cluster.address, log_to_driver=False)
+    with two_nodes() as cluster:
         yield cluster
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-        cluster.shutdown()
 
 
 @pytest.fixture(scope="package")
@@ -81,7 +66,6 @@ def denoiser(nodes: Cluster, model: Model, store: LocalObjectStore) -> Deploymen
         placement_group_bundles=[{"CPU": 0.1, "head": 0.1}, {"CPU": 0.8}, {"CPU": 0.8}],
         placement_group_strategy="PACK",
     )
-    serve.start(proxy_location="Disabled")
     models = [model, replace(model, id="other")]
     return serve.run(deployment.bind(models, store, tier), name="nodes", route_prefix=None)
 

@@ -8,6 +8,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.serve.handle import DeploymentHandle
 
+from bench.lost_node import STORE_BYTES
 from deployments.checkpoints import checkpoint_key
 from deployments.messages import DenoiseWork
 from media.object_store import LocalObjectStore
@@ -19,7 +20,7 @@ from models.request import VideoRequest
 from models.stages import load_denoiser
 from parallel.plan import ParallelPlan
 from tests.serve.conftest import wait_until
-from tests.serve.nodes.conftest import NUM_STEPS, STORE_BYTES, run
+from tests.serve.nodes.conftest import NUM_STEPS, run
 
 pytestmark = [pytest.mark.serve, pytest.mark.long]
 
