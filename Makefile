@@ -8,7 +8,7 @@ export RAY_AUTH_MODE := token
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: setup demo serve test test-all test-unit test-parallel test-database test-serve test-k8s lint format \
-	bench train-demo
+	bench train-demo train-additions
 
 setup: .venv/.ready
 
@@ -58,7 +58,9 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m bench.prompt_adherence
+	$(BIN)/python -m bench.step_cache
 	$(BIN)/python -m bench.families
+	$(BIN)/python -m bench.fit
 	$(BIN)/python -m bench.cluster_tax
 	$(BIN)/python -m bench.ledger_contention
 	$(BIN)/python -m bench.admission
@@ -72,6 +74,9 @@ bench: setup
 
 train-demo: setup
 	$(BIN)/python -m training --seed $(SEED)
+
+train-additions: setup
+	$(BIN)/python -m training.additions --seed $(SEED)
 
 .PHONY: image
 image:
