@@ -40,6 +40,7 @@ def append_event(
             "num_steps": progress.num_steps,
             "frame": progress.frame,
             "num_frames": progress.num_frames,
+            "skipped": progress.skipped,
             "state": state,
         },
     )
@@ -62,6 +63,7 @@ def events_after(connection: Connection, job_id: JobId, seq: int) -> list[JobEve
                 row.num_steps,
                 row.frame,
                 row.num_frames,
+                row.skipped,
             ),
             row.created_at_ms,
             None if row.state is None else JobState(row.state),

@@ -33,7 +33,10 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One moment of a job; percentage 0..100. step and frame count what is finished."""
+    """One moment of a job; percentage 0..100. step and frame count what is finished.
+
+    skipped: passes of the model that the steps until now made do without.
+    """
 
     phase: Phase
     percentage: int
@@ -41,6 +44,7 @@ class Progress:
     num_steps: int = 0
     frame: int = 0
     num_frames: int = 0
+    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)

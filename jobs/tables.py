@@ -97,6 +97,7 @@ job_events = Table(
     Column("num_steps", Integer, nullable=False),
     Column("frame", Integer, nullable=False),
     Column("num_frames", Integer, nullable=False),
+    Column("skipped", Integer, nullable=False, server_default=text("0")),
     Column("state", String),
     Column("created_at_ms", BigInteger, nullable=False),
 )

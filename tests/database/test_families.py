@@ -188,7 +188,9 @@ def test_models_tell_what_they_take_and_who_may_use_them(
     models = {model["id"]: model for model in listed}
     assert models["animatediff"]["plans"] == [Plan.BASIC, Plan.PRO, Plan.ENTERPRISE]
     assert models["hunyuan-video"]["plans"] == [Plan.ENTERPRISE]
-    assert models["animatediff"]["frames"] == {"min": 1, "max": 32, "stride": 1}
+    assert models["animatediff"]["frames"] == {
+        "min": 1, "max": 32, "max_with_free_noise": 128, "stride": 1,
+    }  # fmt: skip
     assert models["svd"]["inputs"] == {
         "prompt": False,
         "input_reference": "required",

@@ -23,7 +23,7 @@ from jobs.store import LeaseLost, move, record
 from jobs.tables import jobs
 from media.object_store import LocalObjectStore
 from media.renditions import Rendition, rendition_key
-from models.request import VideoRequest
+from models.request import VideoRequest, read_stored
 from tests.conftest import read_account
 from tests.database.conftest import job_now, lease_now
 
@@ -52,6 +52,23 @@ def test_a_cancelled_job_pays_for_the_work_done(
     now = read_account(engine, account.id)
     assert (now.reserved, now.spent) == (0, 12)
     assert job_now(engine, job).state is JobState.CANCELLED
+
+
+def test_passes_that_were_skipped_cost_nothing(
+    engine: Engine, store: LocalObjectStore, an_account: AnAccount, a_job: AJob
+) -> None:
+    """Of 10 steps of two passes each, 7 passes; an attempt that starts over adds none."""
+    account = an_account()
+    job = a_job(account, num_steps=10)
+    lease_now(engine)
+    done = WorkDone()
+    done.reach(text=1, denoise=10, decode=200, media=1, skipped=7)
+    done.reach(denoise=4, skipped=2)
+    ending = Ending(JobState.SUCCEEDED, "made", charge_work=True)
+    outcome = settle_now(engine, store, job, done, ending)
+    # of 26 credits 2 + 90 * 13 / 20 + 6 + 2 parts of 100
+    assert (job.quoted, outcome.charged, outcome.refunded) == (26, 18, 8)
+    assert done.came(read_stored(job.request), WorkWeights()) == 1
 
 
 def test_a_failed_job_costs_nothing(
@@ -234,13 +251,14 @@ def test_work_that_was_told_is_charged_though_its_pipeline_is_dead(
     assert work_told(engine, job) == WorkDone()
     lease_now(engine)
     steps = [Progress(Phase.DENOISE, 1, step=step, num_steps=10) for step in range(6)]
+    steps += [Progress(Phase.DENOISE, 1, step=5, num_steps=10, skipped=4)]
     texts = [Progress(Phase.TEXT, 1, step=step, num_steps=1) for step in range(2)]
     tell(engine, job, *texts, *steps)
     with engine.begin() as connection:
         move(connection, job.id, "me", "local")
-    assert work_told(engine, job_now(engine, job)) == WorkDone(text=1, denoise=5)
+    assert work_told(engine, job_now(engine, job)) == WorkDone(text=1, denoise=5, skipped=4)
     assert door.as_account()("DELETE", f"/v1/videos/{job.id}").status_code == 200
-    assert job_now(engine, job).charged == 12
+    assert job_now(engine, job).charged == 8  # of 26, 2 + 90 * 6 / 20 parts of 100
 
 
 def test_steps_that_a_source_video_saves_are_not_recalled_as_made() -> None:
