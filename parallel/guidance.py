@@ -17,9 +17,11 @@ def predict_each(
 ) -> list[Tensor]:
     """predict(text) for every text, on every rank: this rank makes its share of them only.
 
-    group: the ranks that hold the same part for other texts; all predictions have one shape.
-    ValueError if there are fewer texts than ranks.
+    group: the ranks that hold the same part for other texts; all predictions have one shape. A
+    single text is made by all of them. ValueError if there are several, but fewer than ranks.
     """
+    if len(texts) == 1:
+        return [predict(texts[0])]
     if len(texts) < group.size:
         raise ValueError(f"{len(texts)} texts cannot be shared by {group.size} ranks")
     sizes = split_sizes(len(texts), group.size)

@@ -77,6 +77,15 @@ class ProcessGroup:
         runs = torch.split(received, [_numel(shape) for shape in shapes])
         return torch.cat([run.view(s) for run, s in zip(runs, shapes, strict=True)], dim)
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """The first rank's, on every rank; the others' own is lost."""
+        if self.size == 1:
+            return tensor
+        if self.rank == 0:
+            self.traffic.add("broadcast", [tensor] * (self.size - 1))
+        dist.broadcast(tensor, src=self.ranks[0], group=self.handle)
+        return tensor
+
     def exchange_edges(self, first: Tensor, last: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The last edge of the rank before and the first edge of the rank after, if there are."""
         operations, sent = [], []

@@ -20,11 +20,12 @@ class SequenceSharding:
 
     everyone: all ranks of the sequence, ring * ulysses of them; the rank's number in it is its
     number in the ring times the size of the Ulysses group plus its number there. restriction: who
-    sees whom, for the caller to set and its layers to read.
+    sees whom, for the caller to set and its layers to read. tokens: how the image's are split now.
     """
 
     def __init__(self) -> None:
         self.restriction: Restriction | None = None
+        self.tokens = Shard((1,), 0)
         self.use(alone(), alone(), alone())
 
     def use(self, everyone: ProcessGroup, ulysses: ProcessGroup, ring: ProcessGroup) -> None:

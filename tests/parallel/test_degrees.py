@@ -77,12 +77,20 @@ class Course:
         return replace(made, control=encoder.encode_control(request, frames))
 
 
-def follow(rank: int, courses: list[Course]) -> list[NDArray[np.float32]]:
+@dataclass(frozen=True)
+class End:
+    """What a course came to: the latents, and the passes that it made do without."""
+
+    latents: NDArray[np.float32]
+    skipped: int
+
+
+def follow(rank: int, courses: list[Course]) -> list[End]:
     meshes = MeshBuilder(rank, len(EVERYONE))
     return [follow_one(rank, meshes, course) for course in courses]
 
 
-def follow_one(rank: int, meshes: MeshBuilder, course: Course) -> NDArray[np.float32]:
+def follow_one(rank: int, meshes: MeshBuilder, course: Course) -> End:
     request, conditioning = course.request(), course.conditioning()
     denoiser = load_denoiser(course.model())
     parked = park(denoiser.start(request, conditioning))
@@ -95,17 +103,20 @@ def follow_one(rank: int, meshes: MeshBuilder, course: Course) -> NDArray[np.flo
         handed_on = [parked]
         dist.broadcast_object_list(handed_on, src=ranks[0])
         (parked,) = handed_on
-    return parked.latents
+    return End(parked.latents, parked.skipped)
 
 
-def alone(_rank: int, courses: list[Course]) -> list[NDArray[np.float32]]:
+def alone(_rank: int, courses: list[Course]) -> list[End]:
     """What one rank makes, with as many threads as each of several has: torch rounds by them."""
     found = []
     for course in courses:
         denoiser = load_denoiser(course.model())
         *_, last = denoise(denoiser, course.request(), course.conditioning())
-        found.append(last.latents.numpy())
+        found.append(End(last.latents.numpy(), last.skipped))
     return found
+
+
+WINDOWS = {"context_length": 4, "context_stride": 3}
 
 
 def led_courses(animatediff: Path, folder: Path) -> list[Course]:
@@ -129,6 +140,22 @@ def led_courses(animatediff: Path, folder: Path) -> list[Course]:
     return [*courses, Course(animatediff, OF_FRAMES, fields, nets)]
 
 
+def skipping_courses(checkpoint: Path, random_family: Callable[[str], Path]) -> list[Course]:
+    """Some steps are skipped and some are not; the last ones go without the negative text."""
+    of_one_text = ((TOKENS, (2, 3)), (ParallelPlan(ulysses=2, ring=2), EVERYONE))
+    fields = {"guidance_scale": 2.0, "cfg_skip_ratio": 0.25}
+    courses = []
+    for by, threshold, lower in (("first_block", 0.35, 0.35), ("prediction", 0.9, 0.15)):
+        cache = {"step_cache": {"by": by, "threshold": threshold, "warm_up": 2}}
+        courses.append(Course(checkpoint, OF_TOKENS[:6] + of_one_text, fields | cache))
+        cache = {"step_cache": {"by": by, "threshold": lower, "warm_up": 2}}
+        guided = {"true_cfg_scale": 2.0, "num_frames": 9, **cache}
+        courses.append(Course(random_family("hunyuan-video"), OF_TOKENS, guided))
+    cache = {"step_cache": {"by": "prediction", "threshold": 0.9, "warm_up": 2}}
+    courses.append(Course(random_family("animatediff"), OF_FRAMES, {"num_frames": 6, **cache}))
+    return courses
+
+
 def test_every_degree_and_block_in_turn_ends_as_on_one_rank(
     checkpoint: Path, random_family: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -140,16 +167,23 @@ def test_every_degree_and_block_in_turn_ends_as_on_one_rank(
         Course(random_family("hunyuan-video-concat"), OF_TOKENS, guided),
         Course(random_family("hunyuan-video-replace"), OF_TOKENS, guided),
         Course(random_family("animatediff"), OF_FRAMES, {"num_frames": 6, "scheduler": "lcm"}),
+        Course(random_family("animatediff"), OF_FRAMES, {"num_frames": 11, "free_noise": WINDOWS}),
         Course(random_family("svd"), OF_FRAMES, {"num_frames": 5}),
         *led_courses(random_family("animatediff"), tmp_path),
+        *skipping_courses(checkpoint, random_family),
     ]
     made = run_ranks(len(EVERYONE), follow, courses)
     (expected,) = run_ranks(1, alone, courses)
     for index, course in enumerate(courses):
-        allowed = 1e-5 * max(1.0, float(np.abs(expected[index]).max()))
-        for latents in (by_rank[index] for by_rank in made):
-            difference = np.abs(latents - expected[index]).max()
+        end = expected[index]
+        allowed = 1e-5 * max(1.0, float(np.abs(end.latents).max()))
+        for found in (by_rank[index] for by_rank in made):
+            difference = np.abs(found.latents - end.latents).max()
             assert difference <= allowed, (course.folder.name, difference)
+            assert found.skipped == end.skipped
+        if "step_cache" in course.fields:
+            most = 2 * (len(course.schedule) - 3)
+            assert 0 < end.skipped < most, (course.folder.name, course.fields)
 
 
 def test_every_plan_of_an_aligned_block_finds_its_groups() -> None:

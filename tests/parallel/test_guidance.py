@@ -99,15 +99,16 @@ def test_texts_meet_once_a_step() -> None:
     assert {between for _, _, between in answers} == {4 * 4 * 6 * 6 * 4}
 
 
-def one_text(rank: int) -> str:
-    mesh = MeshBuilder(rank, 2).mesh(ParallelPlan(guidance=2), (0, 1))
+def few_texts(rank: int) -> tuple[str, int]:
+    mesh = MeshBuilder(rank, 3).mesh(ParallelPlan(guidance=3), (0, 1, 2))
+    (alone,) = predict_each(mesh.guidance, [7], torch.tensor)
     try:
-        predict_each(mesh.guidance, [1], torch.tensor)
+        predict_each(mesh.guidance, [1, 2], torch.tensor)
     except ValueError as error:
-        return str(error)
-    return "taken"
+        return str(error), int(alone)
+    return "taken", int(alone)
 
 
-def test_more_ranks_than_texts_are_refused() -> None:
+def test_more_ranks_than_texts_are_refused_but_all_may_make_a_single_one() -> None:
     assert predict_each(alone(), [2, 3], torch.tensor) == [2, 3]
-    assert set(run_ranks(2, one_text)) == {"1 texts cannot be shared by 2 ranks"}
+    assert set(run_ranks(3, few_texts)) == {("2 texts cannot be shared by 3 ranks", 7)}
