@@ -1,9 +1,11 @@
-"""AnimateDiff: Stable Diffusion 1.5 with a motion module, up to 32 frames at a time.
+"""AnimateDiff: Stable Diffusion 1.5 with a motion module, up to 32 frames at a time, and more by
+FreeNoise.
 
 Follows `diffusers.AnimateDiffPipeline` (Guo et al., arXiv:2307.04725), and to change a video
 `AnimateDiffVideoToVideoPipeline`, from the mode of the VAE's posterior rather than a sample of it.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,21 +20,31 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel
 
 from models.animatediff_control import AnimateDiffControls, as_pixels, leads_of, nets_of
+from models.attention import use_attention
 from models.catalog import Model
 from models.conditioning import AnimateDiffConditioning, FloatArray
 from models.control import ControlNet
 from models.denoise import guide
 from models.embeddings import Embeddings, digest, no_embeddings
 from models.frame_unet import FrameUnet
-from models.lora_layers import LoraLayers
-from models.request import VideoRequest
+from models.free_noise import MotionWindows, shuffle_noise
+from models.lora_layers import Half, LoraLayers
+from models.request import LoraUse, VideoRequest
 from models.schedulers import DiffusionSchedules, advance, begin_at
 from models.spec import has_whole_motion_unet
 from models.stages import OneAtATime
 from models.start_image import decode_png, pad_frames, pad_pixels
+from models.step_cache import StepCache
 from models.tensors import DenoiseState, Frames
-from models.tiles import stream_frames
-from models.weights import choose_device, choose_dtype, load_component
+from models.text_loras import TextLoras
+from models.tiles import chunk_of, chunk_starts, stream_frames
+from models.weights import (
+    choose_device,
+    choose_dtype,
+    load_component,
+    loading_device,
+    store_weights,
+)
 from parallel.mesh import Mesh
 from parallel.plan import FrameShape
 
@@ -43,14 +55,18 @@ class AnimateDiffEncoder:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.device = choose_device()
-        dtype = choose_dtype(self.device)
+        dtype = choose_dtype(self.device, model.compute)
         self.vae = load_component(AutoencoderKL, model.folder / "vae", dtype, self.device)
         self.vae.decoder = None
+        text_encoder = load_component(
+            CLIPTextModel, model.folder / "text_encoder", dtype, self.device
+        )
+        self.loras = TextLoras(text_encoder, model.loras)
+        # A tokenizer holds how it pads and cuts: one call changes it for another thread's.
+        self.tokenizing = threading.Lock()
         self.pipeline = AnimateDiffPipeline(
             vae=None,
-            text_encoder=load_component(
-                CLIPTextModel, model.folder / "text_encoder", dtype, self.device
-            ),
+            text_encoder=text_encoder,
             tokenizer=AutoTokenizer.from_pretrained(
                 model.folder / "tokenizer", local_files_only=True, trust_remote_code=False
             ),
@@ -78,7 +94,7 @@ class AnimateDiffEncoder:
             start = self._encode_pictures(net, pixels, kept)
         negative = None
         if request.guided:
-            negative = self._encode_text(request.negative_prompt, kept)
+            negative = self._encode_text(request.negative_prompt, request.loras, kept)
         source_latents = None
         if source_frames is not None:
             numbers = np.minimum(np.arange(request.num_frames), len(source_frames) - 1)
@@ -86,10 +102,10 @@ class AnimateDiffEncoder:
             key = ("frames", digest(frames), frames.shape)
             (source_latents,) = kept.get(key, lambda: (self._encode_frames(frames),))
         return AnimateDiffConditioning(
-            positive=self._encode_text(request.prompt, kept),
+            positive=self._encode_text(request.prompt, request.loras, kept),
             negative=negative,
             source_latents=source_latents,
-            num_tokens=len(self.pipeline.tokenizer(request.prompt)["input_ids"]),
+            num_tokens=self._count_tokens(request.prompt),
             start=start,
         )
 
@@ -118,15 +134,21 @@ class AnimateDiffEncoder:
         size = self.model.spec.generated_size(width, height)
         return as_pixels(pad_pixels(frames, size))
 
-    def _encode_text(self, text: str, kept: Embeddings) -> FloatArray:
+    def _encode_text(self, text: str, loras: Sequence[LoraUse], kept: Embeddings) -> FloatArray:
         """[77, D]"""
 
         def encode() -> tuple[FloatArray]:
-            states, _ = self.pipeline.encode_prompt(text, self.device, 1, False)
+            with self.tokenizing, self.loras.used(loras):
+                states, _ = self.pipeline.encode_prompt(text, self.device, 1, False)
             return (states[0].float().cpu().numpy(),)
 
-        (states,) = kept.get(("text", text), encode)
+        (states,) = kept.get(("text", text, self.loras.key(loras)), encode)
         return states
+
+    def _count_tokens(self, text: str) -> int:
+        """Before anything is cut off."""
+        with self.tokenizing:
+            return len(self.pipeline.tokenizer(text)["input_ids"])
 
     def _encode_frames(self, frames: NDArray[np.uint8]) -> FloatArray:
         """uint8 [F, H, W, 3] -> [C, F, H/8, W/8]."""
@@ -150,12 +172,16 @@ class AnimateDiffDenoiser(OneAtATime[AnimateDiffConditioning]):
     def __init__(self, model: Model) -> None:
         self.model = model
         self.device = choose_device()
-        self.dtype = choose_dtype(self.device)
-        unet = _load_unet(model, self.dtype, self.device)
+        self.dtype = choose_dtype(self.device, model.compute)
+        unet = _load_unet(model, self.dtype, loading_device(model.compute, self.device))
+        use_attention(unet, model.compute, self.device, self.dtype)
         self.controls = AnimateDiffControls(model.controls, self.dtype, self.device)
+        self.windows = MotionWindows(unet)
         self.unet = FrameUnet(unet, self.controls.shardings)
-        self.loras = LoraLayers(self.unet.unet, model.loras)
+        self.loras = LoraLayers(self.unet.unet, model.loras, Half.DENOISER)
+        store_weights(unet, model.compute, self.device, self.dtype)
         self.schedules = DiffusionSchedules(model.folder)
+        self.step_cache = StepCache()
 
     def use(self, mesh: Mesh) -> None:
         """Share every step from now on with the mesh's other ranks, which are to do the same."""
@@ -176,6 +202,8 @@ class AnimateDiffDenoiser(OneAtATime[AnimateDiffConditioning]):
         schedule = self.schedules.schedule(request, self.device)
         first = 0
         if conditioning.source_latents is None:
+            if request.free_noise is not None:
+                noise = shuffle_noise(noise, request.free_noise, generator)
             latents = noise * schedule.init_noise_sigma
         else:
             first = request.first_step
@@ -189,6 +217,7 @@ class AnimateDiffDenoiser(OneAtATime[AnimateDiffConditioning]):
     ) -> DenoiseState:
         """One step."""
         self.loras.use(request.loras)
+        self.windows.use(request.free_noise)
         schedule = self.schedules.schedule(request, self.device)
         timestep = begin_at(schedule, state.step)
         scaled = schedule.scale_model_input(state.latents, timestep)
@@ -211,9 +240,14 @@ class AnimateDiffDenoiser(OneAtATime[AnimateDiffConditioning]):
             ).sample
             return noise
 
-        predicted = self.unet.predict(conditioning.texts, request.num_frames, call, frame_dim=2)
-        guided = guide(predicted, request.guidance_scale)
-        return advance(schedule, guided, timestep, state.latents, state)
+        def predict(guided: bool) -> Tensor:
+            texts = conditioning.texts if guided else conditioning.texts[-1:]
+            predicted = self.unet.predict(texts, request.num_frames, call, frame_dim=2)
+            return guide(predicted, request.guidance_scale)
+
+        predicted = self.step_cache.predict(request, state, scaled, predict, self.unet.mesh)
+        made = advance(schedule, predicted.prediction, timestep, state.latents, state)
+        return predicted.note(made, state)
 
 
 class AnimateDiffDecoder:
@@ -223,23 +257,29 @@ class AnimateDiffDecoder:
         self.model = model
         self.device = choose_device()
         self.vae = load_component(
-            AutoencoderKL, model.folder / "vae", choose_dtype(self.device), self.device
+            AutoencoderKL,
+            model.folder / "vae",
+            choose_dtype(self.device, model.compute),
+            self.device,
         )
         self.vae.encoder = None
 
     @torch.inference_mode()
     def decode(self, request: VideoRequest, latents: FloatArray) -> Iterator[Frames]:
         """Frames cut, from the middle, to the asked size."""
-        scaled = 1 / self.vae.config.scaling_factor * torch.tensor(latents[0], device=self.device)
         chunks = (
-            self.vae.decode(chunk).sample
-            for chunk in scaled.transpose(0, 1)
-            .to(self.vae.dtype)
-            .split(self.model.manifest.decode_chunk_frames)
+            self.decode_chunk(chunk_of(self.model, latents, start))
+            for start in chunk_starts(self.model, request)
         )
-        yield from stream_frames(
-            (chunk.transpose(0, 1).float().cpu().numpy() for chunk in chunks), request
-        )
+        yield from stream_frames(chunks, request)
+
+    @torch.inference_mode()
+    def decode_chunk(self, latents: FloatArray) -> FloatArray:
+        """[1, C, F, h, w] -> [3, F, H, W]"""
+        scaled = 1 / self.vae.config.scaling_factor * torch.tensor(latents[0], device=self.device)
+        decoded = self.vae.decode(scaled.transpose(0, 1).to(self.vae.dtype)).sample
+        pixels: FloatArray = decoded.transpose(0, 1).float().cpu().numpy()
+        return pixels
 
 
 def _load_unet(model: Model, dtype: torch.dtype, device: torch.device) -> Any:

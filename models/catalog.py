@@ -1,5 +1,6 @@
 """What a deployed model is: its folder, its manifest and the sizes that it can generate."""
 
+import json
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,16 +8,20 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import BaseModel, Field, ValidationError
 
-from models.families import FIELDS_OF_FAMILIES, SVD_FAMILIES
+from models.compute import THE_BEST, Compute
+from models.families import FIELDS_OF_FAMILIES, MAX_FREE_NOISE_FRAMES, SVD_FAMILIES
+from models.fit import MemoryProfile
 from models.request import (
     ControlKind,
     InvalidRequest,
     ModelFamily,
     NotSupported,
     Scheduler,
+    StepCache,
     VideoRequest,
 )
 from models.request_bounds import check_request
+from models.source import Remote
 from models.spec import (
     LAYOUTS,
     FamilySpec,
@@ -66,10 +71,29 @@ class RequestDefaults(BaseModel, frozen=True, extra="forbid"):
     scheduler: Scheduler | None = None
 
 
+class MeasuredSkipping(BaseModel, frozen=True, extra="forbid"):
+    """What `mutoscope models measure` found of a way to skip passes: the PSNR of the frames, in
+    dB, against those of the same requests with all passes, in the mean of the videos and of the
+    worst; and the share of the passes that were made.
+    """
+
+    step_cache: StepCache | None = None
+    cfg_skip_ratio: float | None = None
+    num_steps: int
+    guidance_scale: float
+    f_patch_size: int
+    scheduler: Scheduler | None = None
+    num_videos: int
+    psnr_db: float
+    min_psnr_db: float
+    passes_made: float
+
+
 class ModelManifest(BaseModel, frozen=True, extra="forbid"):
     """manifest.json beside a checkpoint; sha256 maps relative file names to their check sums.
 
     territory_exclusions: ISO 3166-1 codes, and EU, where the licence does not apply.
+    max_free_noise_frames: of AnimateDiff with `free_noise`.
     decode_chunk_frames: how many frames SVD's and AnimateDiff's VAEs decode at a time; SVD's look
     at each other within a chunk, so it is part of what the video looks like.
     """
@@ -87,8 +111,29 @@ class ModelManifest(BaseModel, frozen=True, extra="forbid"):
     max_side: int = Field(ge=16)
     max_area: int = Field(ge=256)
     decode_chunk_frames: int = Field(8, ge=1)
+    max_free_noise_frames: int = Field(MAX_FREE_NOISE_FRAMES, ge=1)
     defaults: RequestDefaults
+    skipping: tuple[MeasuredSkipping, ...] = ()
+    memory: MemoryProfile | None = None
     sha256: dict[str, str] = Field(default_factory=dict)
+
+    def told_by_publisher(self) -> str:
+        """Canonical JSON of all but what is measured of the same weights later."""
+        return self.model_dump_json(exclude={"skipping", "memory"})
+
+    def measured_skipping(self, request: VideoRequest) -> MeasuredSkipping | None:
+        """What was measured of just the passes that a request skips, in steps like its."""
+        if request.source_video is not None or request.last_step < request.num_steps:
+            return None
+        asked = way_of(request)
+        return next((found for found in self.skipping if way_of(found) == asked), None)
+
+
+def way_of(of: VideoRequest | MeasuredSkipping) -> dict[str, Any]:
+    """How passes are skipped, of a request that may not have been checked, too."""
+    names = {"step_cache", "cfg_skip_ratio", "num_steps"}
+    names |= {"guidance_scale", "f_patch_size", "scheduler"}
+    return of.model_dump(mode="json", include=names, warnings=False)
 
 
 class Addition(Protocol):
@@ -109,18 +154,26 @@ class Addition(Protocol):
         """Of its files."""
         ...
 
+    @property
+    def remote(self) -> Remote | None:
+        """Where they come from, if not from this machine."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
     """A checked checkpoint: what it is called here, where it lies and what it can generate.
 
-    loras, controls: those that a request may ask for.
+    loras, controls: those that a request may ask for. compute: how those who hold it compute it.
+    remote: where its files come from, if not from this machine.
     """
 
     id: str
     folder: Path
     manifest: ModelManifest
     spec: FamilySpec
+    compute: Compute = THE_BEST
+    remote: Remote | None = None
     loras: "tuple[Lora, ...]" = ()
     controls: "tuple[ControlNet, ...]" = ()
 
@@ -160,8 +213,19 @@ class Model:
 
     @property
     def max_frames(self) -> int:
-        """Of one request."""
+        """Of one request without `free_noise`."""
         return min(self.manifest.max_frames, self.spec.max_positions or self.manifest.max_frames)
+
+    def min_frames(self, request: VideoRequest) -> int:
+        """Of one like this: with `free_noise` more than a window."""
+        windows = request.free_noise
+        return self.manifest.min_frames if windows is None else windows.context_length + 1
+
+    @property
+    def most_frames_windowed(self) -> int | None:
+        """Of one request with `free_noise`; None: the family has none."""
+        takes_it = self.manifest.family in FIELDS_OF_FAMILIES["free_noise"]
+        return self.manifest.max_free_noise_frames if takes_it else None
 
     def resolve(self, fields: dict[str, Any]) -> VideoRequest:
         """Fill in the defaults and check every bound; raises InvalidRequest naming the field."""
@@ -232,10 +296,7 @@ def load_model(folder: Path, model_id: str | None = None) -> Model:
 
     Raises WeightsMissing or WeightsDamaged with the file's path.
     """
-    try:
-        manifest = ModelManifest.model_validate(read_json(folder / "manifest.json"))
-    except ValidationError as error:
-        raise WeightsDamaged(str(folder / "manifest.json"), str(error)) from None
+    manifest = read_manifest(folder)
     layout = LAYOUTS[manifest.family]
     components = layout.components
     if manifest.family is ModelFamily.ANIMATEDIFF and not has_whole_motion_unet(folder):
@@ -247,6 +308,27 @@ def load_model(folder: Path, model_id: str | None = None) -> Model:
         manifest=manifest,
         spec=layout.read(folder),
     )
+
+
+def read_manifest(folder: Path) -> ModelManifest:
+    """WeightsMissing or WeightsDamaged with the file's path."""
+    try:
+        return ModelManifest.model_validate(read_json(folder / "manifest.json"))
+    except ValidationError as error:
+        raise WeightsDamaged(str(folder / "manifest.json"), str(error)) from None
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path = folder / "manifest.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(path)
+
+
+def add_to_manifest(folder: Path, **entries: Any) -> None:
+    """Put these in place of what was there, whole or not at all."""
+    write_manifest(folder, {**read_json(folder / "manifest.json"), **entries})
 
 
 def _check_files(folder: Path, sha256: dict[str, str], components: tuple[str, ...]) -> None:

@@ -50,7 +50,8 @@ def request_digest(request: VideoRequest) -> str:
 def model_revision(model: Model) -> str:
     """SHA-256 of the manifest, which holds those of every file, and of what is beside it."""
     beside = "".join(f"{part.id} {part.sha256}\n" for part in model.additions)
-    return hashlib.sha256(f"{model.manifest.model_dump_json()}{beside}".encode()).hexdigest()
+    manifest = model.manifest.told_by_publisher()
+    return hashlib.sha256(f"{manifest}{beside}".encode()).hexdigest()
 
 
 def pack(checkpoint: Checkpoint) -> bytes:
@@ -60,12 +61,14 @@ def pack(checkpoint: Checkpoint) -> bytes:
         "latents": np.ascontiguousarray(state.latents),
         "generator": np.ascontiguousarray(state.generator),
     }
-    for name, value in state.scheduler.items():
-        tensors[f"scheduler.{name}"] = np.ascontiguousarray(value)
+    for part, values in (("scheduler", state.scheduler), ("cache", state.cache)):
+        for name, value in values.items():
+            tensors[f"{part}.{name}"] = np.ascontiguousarray(value)
     about = {
         "format": FORMAT,
         "step": state.step,
         "num_steps": state.num_steps,
+        "skipped": state.skipped,
         "plan": asdict(checkpoint.plan),
         "request": checkpoint.request,
         "revision": checkpoint.revision,
@@ -81,18 +84,15 @@ def unpack(content: bytes) -> Checkpoint:
         about = json.loads(header["__metadata__"]["checkpoint"])
         if about["format"] != FORMAT:
             raise CheckpointUnusable(f"its format is {about['format']!r}, not {FORMAT!r}")
-        scheduler = {
-            name.removeprefix("scheduler."): value
-            for name, value in tensors.items()
-            if name.startswith("scheduler.")
-        }
         return Checkpoint(
             ParkedState(
                 latents=tensors["latents"],
                 step=about["step"],
                 num_steps=about["num_steps"],
                 generator=tensors["generator"],
-                scheduler=scheduler,
+                scheduler=_part(tensors, "scheduler"),
+                cache=_part(tensors, "cache"),
+                skipped=about.get("skipped", 0),  # older ones do not tell
             ),
             ParallelPlan(**about["plan"]),
             about["request"],
@@ -100,6 +100,15 @@ def unpack(content: bytes) -> Checkpoint:
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointUnusable(str(error)) from error
+
+
+def _part(tensors: dict[str, Any], part: str) -> dict[str, Any]:
+    """Those of a part, by their names in it."""
+    return {
+        name.removeprefix(f"{part}."): value
+        for name, value in tensors.items()
+        if name.startswith(f"{part}.")
+    }
 
 
 def check_agrees(checkpoint: Checkpoint, request: VideoRequest, model: Model) -> None:

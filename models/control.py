@@ -7,8 +7,9 @@ from typing import Any
 from models.catalog import Model
 from models.probe import FAMILY_BASES, Base, ModelType, probe
 from models.request import ControlKind
+from models.source import Remote
 from models.spec import WeightsDamaged, read_json
-from models.weight_files import sha256_of
+from models.weight_files import sha256_of_weights
 
 # The denoiser's folder, and what a network and it have in common.
 SAME_SIZES = {
@@ -38,6 +39,7 @@ class ControlNet:
     config: dict[str, Any]
     sha256: str
     size_bytes: int
+    remote: Remote | None = None
 
     @property
     def is_sparse(self) -> bool:
@@ -99,6 +101,6 @@ def load_control_net(folder: Path, control_id: str, kinds: tuple[ControlKind, ..
         class_name=found.details["class"],
         kinds=kinds,
         config=config,
-        sha256=" ".join(sha256_of(file) for file in files),
+        sha256=sha256_of_weights(folder),
         size_bytes=sum(file.stat().st_size for file in files),
     )

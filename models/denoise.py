@@ -41,6 +41,8 @@ def park(state: DenoiseState) -> ParkedState:
         num_steps=state.num_steps,
         generator=state.generator.numpy(),
         scheduler={name: value.cpu().numpy() for name, value in state.scheduler.items()},
+        cache={name: value.cpu().numpy() for name, value in state.cache.items()},
+        skipped=state.skipped,
     )
 
 
@@ -54,4 +56,6 @@ def resume(parked: ParkedState, device: torch.device) -> DenoiseState:
         scheduler={
             name: torch.tensor(value, device=device) for name, value in parked.scheduler.items()
         },
+        cache={name: torch.tensor(value, device=device) for name, value in parked.cache.items()},
+        skipped=parked.skipped,
     )

@@ -41,6 +41,7 @@ FIELDS_OF_FAMILIES: dict[str, set[ModelFamily]] = {
     "mask": {ModelFamily.Z_IMAGE_VIDEO},
     "regions": {ModelFamily.Z_IMAGE_VIDEO},
     "seed_variance": {ModelFamily.Z_IMAGE_VIDEO},
+    "free_noise": {ModelFamily.ANIMATEDIFF},
     "scheduler": {ModelFamily.ANIMATEDIFF, ModelFamily.Z_IMAGE_VIDEO},
 }
 SCHEDULERS = {
@@ -48,6 +49,10 @@ SCHEDULERS = {
     ModelFamily.Z_IMAGE_VIDEO: (Scheduler.EULER, Scheduler.HEUN, Scheduler.LCM),
 }
 WITHOUT_PROMPT = SVD_FAMILIES
+# Whose denoiser is a transformer's run of like blocks.
+TRANSFORMERS = {ModelFamily.Z_IMAGE_VIDEO, ModelFamily.HUNYUAN_VIDEO}
+# AnimateDiff's, with `free_noise`, if a manifest says nothing else.
+MAX_FREE_NOISE_FRAMES = 128
 LCM_STEPS = 50  # the schedule that LCM was distilled from has no more to choose from
 
 PUBLISHED = {

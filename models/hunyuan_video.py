@@ -5,6 +5,7 @@ arXiv:2412.03603), but texts are trimmed to their tokens, so that attention need
 """
 
 import copy
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -31,6 +32,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from models.attention import use_attention
 from models.catalog import Model
 from models.conditioning import FloatArray, HunyuanConditioning, HunyuanText
 from models.denoise import guide
@@ -40,10 +42,17 @@ from models.request import VideoRequest
 from models.spec import Use, read_json
 from models.stages import OneAtATime
 from models.start_image import padded_image
+from models.step_cache import FirstBlock, StepCache
 from models.tensors import DenoiseState, Frames
 from models.tiles import stream_frames
 from models.transformer_sharding import shard_hunyuan_video
-from models.weights import choose_device, choose_dtype, load_component
+from models.weights import (
+    choose_device,
+    choose_dtype,
+    load_component,
+    loading_device,
+    store_weights,
+)
 from parallel.guidance import predict_each
 from parallel.mesh import Mesh, MeshBuilder
 from parallel.plan import ParallelPlan, TokenShape
@@ -62,7 +71,7 @@ class HunyuanVideoEncoder:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.device = choose_device()
-        dtype = choose_dtype(self.device)
+        dtype = choose_dtype(self.device, model.compute)
         folder = model.folder
         self.from_image = model.spec.start_image is Use.REQUIRED
         parts: dict[str, Any] = {
@@ -82,6 +91,8 @@ class HunyuanVideoEncoder:
             "vae": None,
         }
         self.pipeline: Any
+        # A tokenizer holds how it pads and cuts: one call changes it for another thread's.
+        self.tokenizing = threading.Lock()
         self.interleave = 1
         if self.from_image:
             parts["image_processor"] = CLIPImageProcessor.from_pretrained(
@@ -122,7 +133,7 @@ class HunyuanVideoEncoder:
             positive=self._encode_text(request.prompt, image, self.interleave, kept),
             negative=negative,
             start_latents=start_latents,
-            num_tokens=len(self.pipeline.tokenizer(request.prompt)["input_ids"]),
+            num_tokens=self._count_tokens(request.prompt),
         )
 
     def _encode_text(
@@ -141,11 +152,17 @@ class HunyuanVideoEncoder:
         limits: dict[str, Any] = {"max_sequence_length": self.model.manifest.max_text_tokens}
         if image is not None:
             limits |= {"image": image, "image_embed_interleave": interleave}
-        states, pooled, mask = self.pipeline.encode_prompt(
-            prompt=text, device=self.device, **limits
-        )
+        with self.tokenizing:
+            states, pooled, mask = self.pipeline.encode_prompt(
+                prompt=text, device=self.device, **limits
+            )
         valid = states[0][mask[0].bool()]
         return valid.float().cpu().numpy(), pooled[0].float().cpu().numpy()
+
+    def _count_tokens(self, text: str) -> int:
+        """Before anything is cut off."""
+        with self.tokenizing:
+            return len(self.pipeline.tokenizer(text)["input_ids"])
 
     def _encode_image(self, image: Image.Image) -> FloatArray:
         """-> [C, 1, H/8, W/8], scaled as the transformer has them."""
@@ -162,16 +179,24 @@ class HunyuanVideoDenoiser(OneAtATime[HunyuanConditioning]):
     def __init__(self, model: Model) -> None:
         self.model = model
         self.device = choose_device()
-        self.dtype = choose_dtype(self.device)
+        self.dtype = choose_dtype(self.device, model.compute)
         self.transformer = load_component(
-            HunyuanVideoTransformer3DModel, model.folder / "transformer", self.dtype, self.device
+            HunyuanVideoTransformer3DModel,
+            model.folder / "transformer",
+            self.dtype,
+            loading_device(model.compute, self.device),
         )
         self.condition = self.transformer.config.image_condition_type
+        use_attention(self.transformer, model.compute, self.device, self.dtype)
         self.loras = LoraLayers(self.transformer, model.loras)
+        store_weights(self.transformer, model.compute, self.device, self.dtype)
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
             model.folder / "scheduler", local_files_only=True
         )
         self.sharding = shard_hunyuan_video(self.transformer)
+        self.step_cache = StepCache(
+            FirstBlock(self.transformer.transformer_blocks[0], self.sharding)
+        )
         self.use(MeshBuilder(0, 1).mesh(ParallelPlan(), (0,)))
 
     def use(self, mesh: Mesh) -> None:
@@ -184,8 +209,7 @@ class HunyuanVideoDenoiser(OneAtATime[HunyuanConditioning]):
         frames, height, width = self.model.spec.latent_size(request)
         config = self.transformer.config
         dim = config.num_attention_heads * config.attention_head_dim
-        patches = (height // config.patch_size) * (width // config.patch_size)
-        tokens = frames // config.patch_size_t * patches + self.model.manifest.max_text_tokens
+        tokens = self._num_tokens(request) + self.model.manifest.max_text_tokens
         blocks = [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
         weights = sum(weight.numel() for block in blocks for weight in block.parameters())
         activations = float(tokens * dim)
@@ -245,8 +269,15 @@ class HunyuanVideoDenoiser(OneAtATime[HunyuanConditioning]):
             )[0]
             return velocity
 
-        predicted = predict_each(self.mesh.guidance, conditioning.texts, predict)
-        velocity = guide(predicted, request.true_cfg_scale or 1.0)
+        def predict_guided(guided: bool) -> Tensor:
+            texts = conditioning.texts if guided else conditioning.texts[-1:]
+            predicted = predict_each(self.mesh.guidance, texts, predict)
+            return guide(predicted, request.true_cfg_scale or 1.0)
+
+        predicted = self.step_cache.predict(
+            request, state, state.latents, predict_guided, self.mesh, self._num_tokens(request)
+        )
+        velocity = predicted.prediction
         if start is not None and self.condition == "token_replace":
             stepped = scheduler.step(
                 velocity[:, :, 1:], timestep, state.latents[:, :, 1:], return_dict=False
@@ -254,7 +285,15 @@ class HunyuanVideoDenoiser(OneAtATime[HunyuanConditioning]):
             latents = torch.cat([start, stepped], dim=2)
         else:
             latents = scheduler.step(velocity, timestep, state.latents, return_dict=False)[0]
-        return replace(state, latents=latents, step=state.step + 1)
+        return predicted.note(replace(state, latents=latents, step=state.step + 1), state)
+
+    def _num_tokens(self, request: VideoRequest) -> int:
+        """Of the video."""
+        frames, height, width = self.model.spec.latent_size(request)
+        config = self.transformer.config
+        area = (height // config.patch_size) * (width // config.patch_size)
+        tokens: int = frames // config.patch_size_t * area
+        return tokens
 
     @property
     def _num_channels(self) -> int:
@@ -299,7 +338,10 @@ class HunyuanVideoDecoder:
         self.model = model
         self.device = choose_device()
         self.vae = load_component(
-            AutoencoderKLHunyuanVideo, model.folder / "vae", choose_dtype(self.device), self.device
+            AutoencoderKLHunyuanVideo,
+            model.folder / "vae",
+            choose_dtype(self.device, model.compute),
+            self.device,
         )
         self.vae.encoder = None
         self.vae.enable_tiling()

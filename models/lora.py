@@ -5,6 +5,7 @@ from pathlib import Path
 
 from models.catalog import Model
 from models.probe import FAMILY_BASES, Base, ModelType, probe
+from models.source import Remote
 from models.spec import WeightsDamaged
 from models.weight_files import sha256_of
 
@@ -22,6 +23,7 @@ class Lora:
     base: Base
     sha256: str
     size_bytes: int
+    remote: Remote | None = None
 
     def fits(self, model: Model) -> bool:
         """Whether it was made for a model of this kind; an image model's layers are the video's."""

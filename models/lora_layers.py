@@ -7,28 +7,38 @@ layers are several of diffusers' at once (HunyuanVideo), they are taken apart.
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
-from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.lora import Lora, LoraDoesNotFit
-from models.probe import strip_prefixes
+from models.lora_names import names_of
+from models.probe import is_of_text, strip_prefixes
 from models.request import LoraUse
 
 # The last groups of a key, and what they hold: the down- or the up-projection, or the scale.
 ENDINGS = (
     (re.compile(r"\.lora_A(\.default)?\.weight$"), "down"),
     (re.compile(r"\.lora_B(\.default)?\.weight$"), "up"),
-    (re.compile(r"[._]lora[._]down\.weight$"), "down"),
-    (re.compile(r"[._]lora[._]up\.weight$"), "up"),
+    (re.compile(r"[._]lora(_linear_layer)?[._]down\.weight$"), "down"),
+    (re.compile(r"[._]lora(_linear_layer)?[._]up\.weight$"), "up"),
     (re.compile(r"\.alpha$"), "alpha"),
 )
+
+
+class Half(Enum):
+    """Which of a file's layers are a network's: those of a text encoder may be with the others."""
+
+    DENOISER = auto()
+    TEXT = auto()
+    # of a family whose text encoder takes none
+    WHOLE = auto()
 
 
 @dataclass
@@ -41,9 +51,10 @@ class Change:
 
 
 class LoraLayers:
-    """The LoRAs of one denoiser; a request says which are on, and how much of each."""
+    """The LoRAs of one network; a request says which are on, and how much of each."""
 
-    def __init__(self, model: nn.Module, loras: Iterable[Lora]) -> None:
+    def __init__(self, model: nn.Module, loras: Iterable[Lora], half: Half = Half.WHOLE) -> None:
+        """LoraDoesNotFit."""
         self.model = model
         layers: dict[str, nn.Module] = {
             name: module
@@ -51,8 +62,12 @@ class LoraLayers:
             if isinstance(module, nn.Linear | nn.Conv2d)
         }
         self.number = {lora.id: str(index) for index, lora in enumerate(loras)}
+        self.changed_by: set[str] = set()
         for lora in loras:
-            self._inject(self.number[lora.id], read_changes(lora, model, layers))
+            changes = read_changes(lora, model, layers, half)
+            if changes:
+                self._inject(self.number[lora.id], changes)
+                self.changed_by.add(lora.id)
         self.tuned: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         self.use(())
 
@@ -92,27 +107,13 @@ class LoraLayers:
 
 
 def read_changes(
-    lora: Lora, model: nn.Module, layers: dict[str, nn.Module]
+    lora: Lora, model: nn.Module, layers: dict[str, nn.Module], half: Half
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Down- and up-projection of each layer of the model, scaled by alpha / rank; LoraDoesNotFit
-    for keys of no layer.
+    for keys of no layer, and for a file that has none at all.
     """
-    names = _names_of(model, layers)
-    found: dict[tuple[str, ...], Change] = {}
-    unknown = []
-    for key, tensor in load_file(lora.path).items():
-        module, part = _split(key)
-        targets = names.get(module)
-        if targets is None or part is None:
-            unknown.append(key)
-            continue
-        change = found.setdefault(targets, Change())
-        setattr(change, part, tensor.item() if part == "alpha" else tensor)
-    if unknown or not found:
-        named = ", ".join(sorted(unknown)[:3]) or "it has no layer at all"
-        raise LoraDoesNotFit(str(lora.path), f"{len(unknown)} keys fit no layer: {named}")
     changes: dict[str, tuple[Tensor, Tensor]] = {}
-    for targets, change in found.items():
+    for targets, change in _by_layers(lora, names_of(model, layers), half).items():
         if change.down is None or change.up is None:
             raise LoraDoesNotFit(str(lora.path), f"half of {targets[0]} is missing")
         scale = 1.0 if change.alpha is None else change.alpha / len(change.down)
@@ -129,6 +130,31 @@ def read_changes(
     return changes
 
 
+def _by_layers(
+    lora: Lora, names: dict[str, tuple[str, ...]], half: Half
+) -> dict[tuple[str, ...], Change]:
+    """What the half's keys say, by the layers that they are of."""
+    found: dict[tuple[str, ...], Change] = {}
+    unknown = []
+    content = load_file(lora.path)
+    for key, tensor in content.items():
+        if is_of_text(key) is not (half is Half.TEXT):
+            if half is Half.WHOLE:
+                unknown.append(key)
+            continue  # another network's
+        module, part = _split(key)
+        targets = names.get(module)
+        if targets is None or part is None:
+            unknown.append(key)
+            continue
+        change = found.setdefault(targets, Change())
+        setattr(change, part, tensor.item() if part == "alpha" else tensor)
+    if unknown or not content:
+        named = ", ".join(sorted(unknown)[:3]) or "it has no layer at all"
+        raise LoraDoesNotFit(str(lora.path), f"{len(unknown)} keys fit no layer: {named}")
+    return found
+
+
 def _split(key: str) -> tuple[str, str | None]:
     """The layer's name as the file has it, and what of it the key is; None: nothing known."""
     key = strip_prefixes(key)
@@ -137,56 +163,6 @@ def _split(key: str) -> tuple[str, str | None]:
             # old MotionLoRAs were of attention processors
             return key[: match.start()].replace(".processor.", "."), part
     return key, None
-
-
-def _names_of(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, tuple[str, ...]]:
-    """The model's layers by every name that files have for them."""
-    names: dict[str, tuple[str, ...]] = {name: (name,) for name in layers}
-    if isinstance(model, HunyuanVideoTransformer3DModel):
-        names |= {name: parts for name, parts in _original_hunyuan(model) if parts[0] in layers}
-    # kohya joins by underscores, and lets ".0" of to_out away in some versions
-    for name, parts in list(names.items()):
-        names.setdefault(name.replace(".", "_"), parts)
-        names.setdefault(name.removesuffix(".0"), parts)
-        names.setdefault(name.removesuffix(".0").replace(".", "_"), parts)
-    return names
-
-
-def _original_hunyuan(
-    model: HunyuanVideoTransformer3DModel,
-) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Tencent's names of the blocks' layers, and what diffusers made of each."""
-    for index in range(len(model.transformer_blocks)):
-        old, new = f"double_blocks.{index}", f"transformer_blocks.{index}"
-        for side, query, out, norm, feed in (
-            ("img", ("to_q", "to_k", "to_v"), "to_out.0", "norm1", "ff"),
-            (
-                "txt",
-                ("add_q_proj", "add_k_proj", "add_v_proj"),
-                "to_add_out",
-                "norm1_context",
-                "ff_context",
-            ),
-        ):
-            yield f"{old}.{side}_attn_qkv", tuple(f"{new}.attn.{name}" for name in query)
-            yield f"{old}.{side}_attn_proj", (f"{new}.attn.{out}",)
-            yield f"{old}.{side}_mod.linear", (f"{new}.{norm}.linear",)
-            yield f"{old}.{side}_mlp.fc1", (f"{new}.{feed}.net.0.proj",)
-            yield f"{old}.{side}_mlp.fc2", (f"{new}.{feed}.net.2",)
-    for index in range(len(model.single_transformer_blocks)):
-        old, new = f"single_blocks.{index}", f"single_transformer_blocks.{index}"
-        parts = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
-        yield f"{old}.linear1", tuple(f"{new}.{name}" for name in parts)
-        yield f"{old}.linear2", (f"{new}.proj_out",)
-        yield f"{old}.modulation.linear", (f"{new}.norm.linear",)
-    for index in range(len(model.context_embedder.token_refiner.refiner_blocks)):
-        old = f"txt_in.individual_token_refiner.blocks.{index}"
-        new = f"context_embedder.token_refiner.refiner_blocks.{index}"
-        attention = tuple(f"{new}.attn.{name}" for name in ("to_q", "to_k", "to_v"))
-        yield f"{old}.self_attn_qkv", attention
-        yield f"{old}.self_attn_proj", (f"{new}.attn.to_out.0",)
-        yield f"{old}.mlp.fc1", (f"{new}.ff.net.0.proj",)
-        yield f"{old}.mlp.fc2", (f"{new}.ff.net.2",)
 
 
 def _num_outputs(layer: Any) -> int:

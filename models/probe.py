@@ -89,7 +89,7 @@ COMPONENTS = {
     "UNetSpatioTemporalConditionModel": (ModelType.MAIN, Base.SVD),
 }
 LORA_KEY = re.compile(
-    r"lora_[AB]\.|lora_(up|down)\.|\.lora\.(up|down)\.|_lora\.(up|down)\.|\.alpha$"
+    r"lora_[AB]\.|lora_(up|down)\.|[._]lora\.(up|down)\.|\.lora_linear_layer\.(up|down)\.|\.alpha$"
 )
 # An OMI name of a kind of LoRA, as its maker wrote it into the file.
 OMI_BASES = {"hunyuan-video/lora": Base.HUNYUAN_VIDEO, "stable-diffusion-v1/lora": Base.SD_1}
@@ -101,14 +101,24 @@ LORA_BASES = (
     (r"^transformer_blocks[._]", Base.HUNYUAN_VIDEO),
     (r"^(layers|noise_refiner|context_refiner)[._]", Base.Z_IMAGE),
     (r"^(down_blocks|mid_block|up_blocks)[._]", Base.SD_1),
+    (r"^(input_blocks|middle_block|output_blocks)[._]", Base.SD_1),
+    (r"^text_model[._]", Base.SD_1),
 )
 
 
 # What files put before a layer's name.
 LORA_PREFIXES = (
     "base_model.model.", "transformer.", "diffusion_model.", "unet.",
-    "lora_transformer_", "lora_unet__", "lora_unet_",
+    "lora_transformer_", "lora_unet__", "lora_unet_", "lora_te_", "lora_te1_", "text_encoder.",
 )  # fmt: skip
+
+
+TEXT_PREFIXES = ("lora_te_", "lora_te1_", "text_encoder.")
+
+
+def is_of_text(key: str) -> bool:
+    """Whether a LoRA's key is of a text encoder's layer."""
+    return key.removeprefix("base_model.model.").startswith(TEXT_PREFIXES)
 
 
 def strip_prefixes(key: str) -> str:

@@ -103,6 +103,37 @@ class SeedVariance(BaseModel, frozen=True, extra="forbid"):
     per_frame: bool = False
 
 
+class CacheBy(StrEnum):
+    """What tells whether a prediction may be made use of again: the change of what the first block
+    of a transformer adds (as ParaAttention's first-block cache), or that of the latents, times what
+    the prediction has changed for one before (as EasyCache, arXiv:2507.02860).
+    """
+
+    FIRST_BLOCK = "first_block"
+    PREDICTION = "prediction"
+
+
+class StepCache(BaseModel, frozen=True, extra="forbid"):
+    """Steps whose prediction would change by less than threshold make do with the one before.
+
+    The first warm_up steps and the last one are always made: what a video shows is decided early,
+    and a small difference may decide it otherwise.
+    """
+
+    by: CacheBy = CacheBy.PREDICTION
+    threshold: float = Field(gt=0, le=1)
+    warm_up: int = Field(4, ge=1, le=200)
+
+
+class FreeNoise(BaseModel, frozen=True, extra="forbid"):
+    """More frames than a motion module tells apart: it sees context_length of them at a time, each
+    time context_stride further on.
+    """
+
+    context_length: int = Field(16, ge=2, le=128)
+    context_stride: int = Field(4, ge=1, le=128)
+
+
 class InvalidRequest(Exception):
     """A field of a request is missing, malformed or out of range; param names it."""
 
@@ -168,6 +199,12 @@ class VideoRequest(BaseModel, frozen=True, extra="forbid"):
     regions: tuple[Region, ...] = Field((), max_length=16)
     region_masks: str | None = None
     seed_variance: SeedVariance | None = None
+    # Fewer passes of the model: earlier predictions again, and no negative text in that share of
+    # the steps, the last ones.
+    step_cache: StepCache | None = None
+    cfg_skip_ratio: float | None = Field(None, ge=0, le=1)
+    # AnimateDiff: windows of frames, for videos of more than fit into one.
+    free_noise: FreeNoise | None = None
     # A video to go on from, and its frames; the start image is its last one.
     continues: str | None = None
     continued_frames: int = Field(0, ge=0)
@@ -203,6 +240,28 @@ class VideoRequest(BaseModel, frozen=True, extra="forbid"):
         if self.denoising_end is None:
             return self.num_steps
         return int(self.num_steps * self.denoising_end)
+
+    @property
+    def passes_per_step(self) -> int:
+        """Of the model, if nothing is skipped: one for each text."""
+        return 2 if self.guided else 1
+
+    @property
+    def planned_passes(self) -> int:
+        """Of the model in all steps, if nothing is skipped; a step by heun looks twice, but not
+        the one that ends without noise.
+        """
+        made = self.last_step - self.first_step
+        twice = min(self.last_step, self.num_steps - 1) - self.first_step
+        more = max(0, twice) if self.scheduler is Scheduler.HEUN else 0
+        return (made + more) * self.passes_per_step
+
+    def skips_guidance(self, step: int) -> bool:
+        """Whether a step, counted from 0, goes without the negative text."""
+        if not self.guided or not self.cfg_skip_ratio:
+            return False
+        made = self.last_step - self.first_step
+        return step >= self.last_step - int(made * self.cfg_skip_ratio)
 
     @property
     def new_frames(self) -> int:

@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from models.families import LCM_STEPS, SCHEDULERS
+from models.families import LCM_STEPS, SCHEDULERS, TRANSFORMERS
 from models.request import (
+    CacheBy,
     ControlKind,
     InvalidRequest,
     ModelFamily,
@@ -26,6 +27,8 @@ def check_request(model: "Model", request: VideoRequest) -> None:
     _check_control(model, request)
     _check_regions(model, request)
     _check_steps(request)
+    _check_skipping(model, request)
+    _check_free_noise(model, request)
 
 
 def _check_bounds(model: "Model", request: VideoRequest) -> None:
@@ -33,12 +36,7 @@ def _check_bounds(model: "Model", request: VideoRequest) -> None:
     if not spec.guidance and request.guidance_scale != manifest.defaults.guidance_scale:
         message = f"{model.id} takes no guidance_scale; true_cfg_scale guides it"
         raise NotSupported("guidance_scale", message)
-    if not manifest.min_frames <= request.num_frames <= model.max_frames:
-        raise InvalidRequest(
-            "num_frames",
-            f"num_frames must be {manifest.min_frames} to {model.max_frames} "
-            f"for {model.id}, not {request.num_frames}",
-        )
+    _check_frames(model, request)
     if request.f_patch_size not in spec.f_patch_sizes:
         sizes = ", ".join(map(str, spec.f_patch_sizes))
         raise InvalidRequest("f_patch_size", f"f_patch_size must be one of {sizes}")
@@ -60,6 +58,20 @@ def _check_bounds(model: "Model", request: VideoRequest) -> None:
         raise InvalidRequest("num_steps", f"num_steps must be at most {LCM_STEPS} with lcm")
     if request.width * request.height > manifest.max_area:
         raise InvalidRequest("size", f"width x height must be at most {manifest.max_area}")
+
+
+def _check_frames(model: "Model", request: VideoRequest) -> None:
+    least, most = model.min_frames(request), model.max_frames
+    with_it = ""
+    if request.free_noise is not None:
+        most = model.manifest.max_free_noise_frames
+        with_it = " with this free_noise"
+    if not least <= request.num_frames <= most:
+        raise InvalidRequest(
+            "num_frames",
+            f"num_frames must be {least} to {most} for {model.id}{with_it}, "
+            f"not {request.num_frames}",
+        )
 
 
 def _check_loras(model: "Model", request: VideoRequest) -> None:
@@ -119,6 +131,43 @@ def _check_regions(model: "Model", request: VideoRequest) -> None:
             if not first <= last <= last_frame:
                 message = f"regions: frames must be a first and a last one of 0 to {last_frame}"
                 raise InvalidRequest("regions", message)
+
+
+def _check_skipping(model: "Model", request: VideoRequest) -> None:
+    by_heun = request.scheduler is Scheduler.HEUN
+    for name in ("step_cache", "cfg_skip_ratio"):
+        if by_heun and getattr(request, name):
+            message = f"{name}: a step by heun predicts twice, and skips nothing"
+            raise NotSupported(name, message)
+    if request.cfg_skip_ratio and not request.guided:
+        message = "cfg_skip_ratio: this request is made without classifier-free guidance"
+        raise NotSupported("cfg_skip_ratio", message)
+    cache = request.step_cache
+    if (
+        cache is not None
+        and cache.by is CacheBy.FIRST_BLOCK
+        and model.manifest.family not in TRANSFORMERS
+    ):
+        message = f"step_cache: {model.id} is no transformer: by must be {CacheBy.PREDICTION}"
+        raise NotSupported("step_cache", message)
+
+
+def _check_free_noise(model: "Model", request: VideoRequest) -> None:
+    windows = request.free_noise
+    if windows is None:
+        return
+    positions = model.spec.max_positions
+    if positions is not None and windows.context_length > positions:
+        message = f"free_noise: context_length must be at most {positions} for {model.id}"
+        raise InvalidRequest("free_noise", message)
+    if windows.context_stride > windows.context_length:
+        message = "free_noise: context_stride must be at most context_length"
+        raise InvalidRequest("free_noise", message)
+    control = request.control
+    is_sparse = control is not None and model.control_net(control.type).is_sparse
+    if request.start_image is not None or is_sparse:
+        message = "free_noise: SparseCtrl and start images lead no more frames than fit at once"
+        raise NotSupported("free_noise", message)
 
 
 def _check_steps(request: VideoRequest) -> None:

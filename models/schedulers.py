@@ -1,6 +1,7 @@
 """diffusers' schedulers: the checkpoint's own, or another one made from its configuration."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,4 +67,4 @@ def advance(
     generator = torch.Generator("cpu")
     generator.set_state(state.generator)
     stepped = schedule.step(predicted, timestep, latents, generator=generator).prev_sample
-    return DenoiseState(stepped, state.step + 1, state.num_steps, generator.get_state())
+    return replace(state, latents=stepped, step=state.step + 1, generator=generator.get_state())

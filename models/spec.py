@@ -54,7 +54,8 @@ class FamilySpec:
     latent_scale its spatial one, pixel_patch that part of it which is patches of pixels;
     size_multiple: of width and height. dropped_frames: decoded before the video's first.
     max_positions: the most frames that it tells apart, None: any number. in_tiles: whether frames
-    may be decoded in tiles by several decoders. scheduler: the checkpoint's own, if it is one that
+    may be decoded in tiles by several decoders; in_chunks: whether runs of decode_chunk_frames may.
+    scheduler: the checkpoint's own, if it is one that
     a request may name. guidance: whether guidance_scale means anything to it. position_limit: how
     many texts' and frames' tokens, one after the other, have positions; None: any number.
     """
@@ -69,6 +70,7 @@ class FamilySpec:
     dropped_frames: int = 0
     max_positions: int | None = None
     in_tiles: bool = False
+    in_chunks: bool = False
     scheduler: Scheduler | None = None
     guidance: bool = True
     position_limit: int | None = None
@@ -144,6 +146,7 @@ def _z_image_video(folder: Path) -> FamilySpec:
             size_multiple=scale * patch,
             start_image=Use.OPTIONAL,
             source_video=True,
+            in_chunks=True,
             position_limit=positions,
         )
     keys = ("scale_factor_temporal", "scale_factor_spatial", "patch_size")
@@ -172,6 +175,7 @@ def _animatediff(folder: Path) -> FamilySpec:
         size_multiple=scale,
         start_image=Use.REFUSED,
         source_video=True,
+        in_chunks=True,
         max_positions=motion["motion_max_seq_length"],
         scheduler=SCHEDULER_CLASSES.get(
             read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name", "")
@@ -190,6 +194,7 @@ def _svd(folder: Path) -> FamilySpec:
         size_multiple=scale * 2**halvings,
         start_image=Use.REQUIRED,
         source_video=False,
+        in_chunks=True,
     )
 
 

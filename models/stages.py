@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from models.catalog import Model
 from models.conditioning import Conditioning
 from models.embeddings import Embeddings
+from models.fetch import fetch_parts
 from models.request import ModelFamily, VideoRequest
 from models.tensors import DenoiseState, Frames
 from models.tiles import Box
@@ -127,6 +128,16 @@ class TileDecoder(Decoder, Protocol):
         ...
 
 
+class ChunkDecoder(Decoder, Protocol):
+    """One whose frames are decoded so many at a time, by several decoders if they are there:
+    `FamilySpec.in_chunks`.
+    """
+
+    def decode_chunk(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Latents [1, C, F, h, w] of a run of frames -> [3, F, H, W] about -1..1."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Stages:
     """A family's classes; each is made with its Model, and loads its part of the weights then."""
@@ -138,16 +149,19 @@ class Stages:
 
 def load_encoder(model: Model) -> Encoder[Any]:
     """Load what encoding needs: text and image encoders, and the VAE's encoder."""
+    fetch_parts(model)
     return _stages_of(model.manifest.family).encoder(model)
 
 
 def load_denoiser(model: Model) -> Denoiser[Any]:
     """Load the transformer or the UNet, and the scheduler's configuration."""
+    fetch_parts(model)
     return _stages_of(model.manifest.family).denoiser(model)
 
 
 def load_decoder(model: Model) -> Decoder:
     """Load the VAE's decoder."""
+    fetch_parts(model)
     return _stages_of(model.manifest.family).decoder(model)
 
 

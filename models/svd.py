@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+from models.attention import use_attention
 from models.catalog import Model
 from models.conditioning import FloatArray, SvdConditioning
 from models.denoise import guide
@@ -33,9 +34,16 @@ from models.request import VideoRequest
 from models.schedulers import DiffusionSchedules, advance, begin_at
 from models.stages import OneAtATime
 from models.start_image import padded_image
+from models.step_cache import StepCache
 from models.tensors import DenoiseState, Frames
-from models.tiles import stream_frames
-from models.weights import choose_device, choose_dtype, load_component
+from models.tiles import chunk_of, chunk_starts, stream_frames
+from models.weights import (
+    choose_device,
+    choose_dtype,
+    load_component,
+    loading_device,
+    store_weights,
+)
 from parallel.mesh import Mesh
 from parallel.plan import FrameShape
 
@@ -51,7 +59,7 @@ class SvdEncoder:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.device = choose_device()
-        dtype = choose_dtype(self.device)
+        dtype = choose_dtype(self.device, model.compute)
         image_encoder = load_component(
             CLIPVisionModelWithProjection, model.folder / "image_encoder", dtype, self.device
         )
@@ -112,14 +120,19 @@ class SvdDenoiser(OneAtATime[SvdConditioning]):
     def __init__(self, model: Model) -> None:
         self.model = model
         self.device = choose_device()
-        self.dtype = choose_dtype(self.device)
-        self.unet = FrameUnet(
-            load_component(
-                UNetSpatioTemporalConditionModel, model.folder / "unet", self.dtype, self.device
-            )
+        self.dtype = choose_dtype(self.device, model.compute)
+        unet = load_component(
+            UNetSpatioTemporalConditionModel,
+            model.folder / "unet",
+            self.dtype,
+            loading_device(model.compute, self.device),
         )
-        self.loras = LoraLayers(self.unet.unet, model.loras)
+        use_attention(unet, model.compute, self.device, self.dtype)
+        self.unet = FrameUnet(unet)
+        self.loras = LoraLayers(unet, model.loras)
+        store_weights(unet, model.compute, self.device, self.dtype)
         self.schedules = DiffusionSchedules(model.folder)
+        self.step_cache = StepCache()
 
     def use(self, mesh: Mesh) -> None:
         """Share every step from now on with the mesh's other ranks, which are to do the same."""
@@ -170,14 +183,19 @@ class SvdDenoiser(OneAtATime[SvdConditioning]):
             )[0]
             return velocity
 
-        sees_image = [False, True] if conditioning.guided else [True]
-        predicted = self.unet.predict(sees_image, request.num_frames, call, frame_dim=1)
         scales = torch.linspace(
             _min_guidance_scale(request), request.guidance_scale, request.num_frames
         ).to(self.device)
-        guided = guide(predicted, scales[None, :, None, None, None])
-        made = advance(schedule, guided, timestep, latents, state)
-        return replace(made, latents=made.latents.transpose(1, 2).contiguous())
+
+        def predict(guided: bool) -> Tensor:
+            sees_image = [False, True] if guided else [True]
+            predicted = self.unet.predict(sees_image, request.num_frames, call, frame_dim=1)
+            return guide(predicted, scales[None, :, None, None, None])
+
+        predicted = self.step_cache.predict(request, state, scaled, predict, self.unet.mesh)
+        made = advance(schedule, predicted.prediction, timestep, latents, state)
+        made = replace(made, latents=made.latents.transpose(1, 2).contiguous())
+        return predicted.note(made, state)
 
 
 class SvdDecoder:
@@ -186,21 +204,26 @@ class SvdDecoder:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.device = choose_device()
-        self.vae = _load_vae(model, choose_dtype(self.device), self.device)
+        self.vae = _load_vae(model, choose_dtype(self.device, model.compute), self.device)
         self.vae.encoder = None
 
     @torch.inference_mode()
     def decode(self, request: VideoRequest, latents: FloatArray) -> Iterator[Frames]:
         """Frames cut, from the middle, to the asked size."""
+        chunks = (
+            self.decode_chunk(chunk_of(self.model, latents, start))
+            for start in chunk_starts(self.model, request)
+        )
+        yield from stream_frames(chunks, request)
+
+    @torch.inference_mode()
+    def decode_chunk(self, latents: FloatArray) -> FloatArray:
+        """[1, C, F, h, w] -> [3, F, H, W], frames that look at each other."""
         scaled = torch.tensor(latents[0], device=self.device).transpose(0, 1)
         scaled = (1 / self.vae.config.scaling_factor * scaled).to(self.vae.dtype)
-        chunks = (
-            self.vae.decode(chunk, num_frames=len(chunk)).sample
-            for chunk in scaled.split(self.model.manifest.decode_chunk_frames)
-        )
-        yield from stream_frames(
-            (chunk.transpose(0, 1).float().cpu().numpy() for chunk in chunks), request
-        )
+        decoded = self.vae.decode(scaled, num_frames=len(scaled)).sample
+        pixels: FloatArray = decoded.transpose(0, 1).float().cpu().numpy()
+        return pixels
 
 
 def _load_vae(model: Model, dtype: torch.dtype, device: torch.device) -> Any:

@@ -20,7 +20,8 @@ class DenoiseState:
     next step needs.
 
     generator: the state of the request's generator, which lives on the CPU, uint8 [N]; scheduler:
-    what a scheduler carries from step to step.
+    what a scheduler carries from step to step; cache: what `models.step_cache` does. skipped: the
+    passes of the model, one a text, that the steps until now made do without.
     """
 
     latents: "Tensor"
@@ -28,6 +29,8 @@ class DenoiseState:
     num_steps: int
     generator: "Tensor"
     scheduler: "Mapping[str, Tensor]" = field(default_factory=dict)
+    cache: "Mapping[str, Tensor]" = field(default_factory=dict)
+    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class ParkedState:
     num_steps: int
     generator: NDArray[np.uint8]
     scheduler: Mapping[str, NDArray[np.float32]]
+    cache: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)

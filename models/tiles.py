@@ -89,6 +89,16 @@ def tile_grid(model: Model, request: VideoRequest) -> TileGrid:
     return TileGrid(height, width, model.spec.latent_scale, model.spec.pixel_patch)
 
 
+def chunk_starts(model: Model, request: VideoRequest) -> range:
+    """Of the runs of decode_chunk_frames that hold the frames that are asked for."""
+    return range(0, request.num_frames, model.manifest.decode_chunk_frames)
+
+
+def chunk_of(model: Model, latents: Pixels, start: int) -> Pixels:
+    """The latents [1, C, F, h, w] of one of these runs; the last one may be shorter."""
+    return latents[:, :, start : start + model.manifest.decode_chunk_frames]
+
+
 def stream_frames(
     chunks: Iterable[Pixels], request: VideoRequest, dropped: int = 0
 ) -> Iterator[Frames]:

@@ -65,7 +65,7 @@ class ZImageStretch:
 
     def enter_first(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before the first block: cut the tokens, then as before the others."""
-        self.tokens = self.sharding.shard(args[0].shape[1])
+        self.tokens = self.sharding.tokens = self.sharding.shard(args[0].shape[1])
         return self.enter((self.tokens.cut(args[0], 1), *args[1:]))
 
     def enter(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -185,7 +185,7 @@ class HunyuanSequences:
 
     def cut_image(self, _args: tuple[Any, ...], hidden: Tensor) -> Tensor:
         """[1, N, D]"""
-        self.image = self.sharding.shard(hidden.shape[1])
+        self.image = self.sharding.tokens = self.sharding.shard(hidden.shape[1])
         return self.image.cut(hidden, 1)
 
     def cut_text(self, _args: tuple[Any, ...], hidden: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def load_video_vae(model: Model, half: Half) -> VideoVae:
 
 def _load(kind: Any, model: Model, half: Half) -> Any:
     device = choose_device()
-    vae = load_component(kind, model.folder / "vae", choose_dtype(device), device)
+    vae = load_component(kind, model.folder / "vae", choose_dtype(device, model.compute), device)
     setattr(vae, "decoder" if half == "encoder" else "encoder", None)
     return vae
 
@@ -121,11 +121,17 @@ class ImageVae:
         normalised: FloatArray = latents.transpose(0, 1).cpu().numpy()
         return normalised
 
-    @torch.inference_mode()
     def decode(self, latents: FloatArray) -> Iterator[FloatArray]:
         """decode_chunk_frames at a time."""
+        for start in range(0, latents.shape[2], self.chunk):
+            yield self.decode_chunk(latents[:, :, start : start + self.chunk])
+
+    @torch.inference_mode()
+    def decode_chunk(self, latents: FloatArray) -> FloatArray:
+        """[1, C, F, h, w] -> [3, F, H, W]"""
         config = self.vae.config
         frames = torch.tensor(latents[0], device=self.vae.device).transpose(0, 1)
         frames = (frames / config.scaling_factor + (config.shift_factor or 0.0)).to(self.vae.dtype)
-        for chunk in frames.split(self.chunk):
-            yield self.vae.decode(chunk).sample.transpose(0, 1).float().cpu().numpy()
+        decoded = self.vae.decode(frames).sample
+        pixels: FloatArray = decoded.transpose(0, 1).float().cpu().numpy()
+        return pixels

@@ -35,6 +35,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_weights(path: Path) -> str:
+    """Of a safetensors file, or of those in a folder one after the other."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return " ".join(map(sha256_of, files))
+
+
 def check_sums(folder: Path) -> dict[str, str]:
     """Of every file of every component, by relative name, as a manifest has them."""
     files = sorted(path for path in folder.glob("*/*") if path.is_file())

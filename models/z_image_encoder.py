@@ -1,5 +1,7 @@
 """What Z-Image is told: Qwen3's states of the words, and the VAE's latents of images and videos."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,9 +12,10 @@ from models.catalog import Model
 from models.conditioning import FloatArray, TextPlaces, ZImageConditioning
 from models.embeddings import Embeddings, digest, no_embeddings
 from models.regions import each_frame, latent_mask, token_places
-from models.request import VideoRequest
+from models.request import LoraUse, VideoRequest
 from models.seed_variance import vary
 from models.start_image import pad_frames, pad_start_image
+from models.text_loras import TextLoras
 from models.video_vae import load_video_vae
 from models.weights import choose_device, choose_dtype, load_component
 
@@ -25,13 +28,14 @@ class ZImageVideoEncoder:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.device = choose_device()
-        dtype = choose_dtype(self.device)
+        dtype = choose_dtype(self.device, model.compute)
         self.tokenizer = AutoTokenizer.from_pretrained(
             model.folder / "tokenizer", local_files_only=True, trust_remote_code=False
         )
         self.text_encoder = load_component(
             Qwen3Model, model.folder / "text_encoder", dtype, self.device
         )
+        self.loras = TextLoras(self.text_encoder, model.loras)
         self.vae = load_video_vae(model, "encoder")
 
     @torch.inference_mode()
@@ -52,7 +56,7 @@ class ZImageVideoEncoder:
         positive, num_tokens, places = self._encode_positive(request, region_masks, kept)
         negative = None
         if request.guided:
-            negative, _ = self._encode_text(request.negative_prompt, limit, kept)
+            negative, _ = self._encode_text(request.negative_prompt, limit, request.loras, kept)
         generated_size = self.model.spec.generated_size(request.width, request.height)
         start_latents = source_latents = None
         if start_image is not None:
@@ -71,7 +75,7 @@ class ZImageVideoEncoder:
         """The prompt's states and its regions', one after the other; the tokens of the longest."""
         limit = self.model.max_text_tokens(request)
         texts = [request.prompt, *(region.prompt for region in request.regions)]
-        encoded = [self._encode_text(text, limit, kept) for text in texts]
+        encoded = [self._encode_text(text, limit, request.loras, kept) for text in texts]
         num_tokens = max(count for _, count in encoded)
         parts = [states for states, _ in encoded]
         spec, variance = self.model.spec, request.seed_variance
@@ -111,7 +115,9 @@ class ZImageVideoEncoder:
         (latents,) = kept.get(("frames", digest(pixels), size), lambda: (self.vae.encode(pixels),))
         return latents
 
-    def _encode_text(self, text: str, limit: int, kept: Embeddings) -> tuple[FloatArray, int]:
+    def _encode_text(
+        self, text: str, limit: int, loras: Sequence[LoraUse], kept: Embeddings
+    ) -> tuple[FloatArray, int]:
         """[N, D] without padding, and the number of tokens before truncation."""
         prompt = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}],
@@ -120,11 +126,13 @@ class ZImageVideoEncoder:
             enable_thinking=True,
         )
         token_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        (states,) = kept.get(("text", text, limit), lambda: (self._states(token_ids[:limit]),))
+        key = ("text", text, limit, self.loras.key(loras))
+        (states,) = kept.get(key, lambda: (self._states(token_ids[:limit], loras),))
         return states, len(token_ids)
 
-    def _states(self, token_ids: list[int]) -> FloatArray:
+    def _states(self, token_ids: list[int], loras: Sequence[LoraUse]) -> FloatArray:
         cut = torch.tensor([token_ids], device=self.device)
-        states = self.text_encoder(input_ids=cut, output_hidden_states=True).hidden_states[-2]
+        with self.loras.used(loras):
+            states = self.text_encoder(input_ids=cut, output_hidden_states=True).hidden_states[-2]
         read: FloatArray = states[0].float().cpu().numpy()
         return read

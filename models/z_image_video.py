@@ -13,18 +13,26 @@ import torch
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from torch import Tensor
 
+from models.attention import use_attention
 from models.catalog import Model
 from models.conditioning import FloatArray, TextPlaces, ZImageConditioning
 from models.flow_schedules import FlowSchedules
-from models.lora_layers import LoraLayers
+from models.lora_layers import Half, LoraLayers
 from models.regions import restrict
 from models.request import Scheduler, VideoRequest
 from models.schedulers import advance, begin_at
+from models.step_cache import FirstBlock, Predicted, StepCache
 from models.tensors import DenoiseState, Frames
 from models.tiles import Box, stream_frames
 from models.transformer_sharding import shard_z_image
-from models.video_vae import WanVae, load_video_vae
-from models.weights import choose_device, choose_dtype, load_component
+from models.video_vae import ImageVae, WanVae, load_video_vae
+from models.weights import (
+    choose_device,
+    choose_dtype,
+    load_component,
+    loading_device,
+    store_weights,
+)
 from models.z_image_control import ZImageControl
 from models.z_image_encoder import PATCH_SIZE
 from parallel.guidance import predict_each
@@ -57,13 +65,19 @@ class ZImageVideoDenoiser:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.device = choose_device()
-        self.dtype = choose_dtype(self.device)
+        self.dtype = choose_dtype(self.device, model.compute)
         self.transformer = load_component(
-            ZImageTransformer2DModel, model.folder / "transformer", self.dtype, self.device
+            ZImageTransformer2DModel,
+            model.folder / "transformer",
+            self.dtype,
+            loading_device(model.compute, self.device),
         )
-        self.loras = LoraLayers(self.transformer, model.loras)
+        use_attention(self.transformer, model.compute, self.device, self.dtype)
+        self.loras = LoraLayers(self.transformer, model.loras, Half.DENOISER)
+        store_weights(self.transformer, model.compute, self.device, self.dtype)
         self.schedules = FlowSchedules(model.folder)
         self.sharding = shard_z_image(self.transformer)
+        self.step_cache = StepCache(FirstBlock(self.transformer.layers[0], self.sharding))
         self.controls = {
             net.id: ZImageControl(net, self.transformer, self.sharding) for net in model.controls
         }
@@ -78,8 +92,7 @@ class ZImageVideoDenoiser:
         """What a step of the request costs, from the transformer's own configuration."""
         frames, height, width = self.model.spec.latent_size(request)
         config = self.transformer.config
-        patches = frames // request.f_patch_size * (height // PATCH_SIZE) * (width // PATCH_SIZE)
-        tokens = patches + self.model.manifest.max_text_tokens
+        tokens = self._num_tokens(request) + self.model.manifest.max_text_tokens
         weights = sum(weight.numel() for weight in self.transformer.layers.parameters())
         num_layers = config.n_layers
         if request.control is not None:
@@ -98,6 +111,11 @@ class ZImageVideoDenoiser:
             activation_bytes=activations * self.dtype.itemsize,
             latent_bytes=4.0 * config.in_channels * frames * height * width,
         )
+
+    def _num_tokens(self, request: VideoRequest) -> int:
+        """Of the video."""
+        frames, height, width = self.model.spec.latent_size(request)
+        return frames // request.f_patch_size * (height // PATCH_SIZE) * (width // PATCH_SIZE)
 
     @torch.inference_mode()
     def start(self, request: VideoRequest, conditioning: ZImageConditioning) -> DenoiseState:
@@ -126,10 +144,13 @@ class ZImageVideoDenoiser:
     def batch(self, request: VideoRequest) -> Hashable | None:
         """The size of the latents, of their patches, and the LoRAs; texts may differ in length.
 
-        What is led, has several texts or steps by Heun's method, makes its steps alone.
+        What is led, has several texts, steps by Heun's method or skips passes, makes its steps
+        alone.
         """
         has_places = bool(request.regions) or _varies_by_frame(request)
-        if request.control is not None or has_places or request.scheduler is Scheduler.HEUN:
+        skips = request.step_cache is not None or bool(request.cfg_skip_ratio)
+        by_heun = request.scheduler is Scheduler.HEUN
+        if request.control is not None or has_places or skips or by_heun:
             return None
         size = self.model.spec.latent_size(request)
         return *size, request.f_patch_size, request.loras
@@ -156,12 +177,12 @@ class ZImageVideoDenoiser:
             for schedule, state in zip(schedules, states, strict=True)
         ]
         lead = self._lead(requests[0], conditionings[0], states[0])
-        velocities = self._velocities(requests, conditionings, held, times, lead)
+        predictions = self._predictions(requests, conditionings, states, held, times, lead)
         made = []
-        for request, told, state, schedule, time, latents, velocity in zip(
-            requests, conditionings, states, schedules, times, held, velocities, strict=True
+        for request, told, state, schedule, time, latents, predicted in zip(
+            requests, conditionings, states, schedules, times, held, predictions, strict=True
         ):
-            slope = velocity
+            slope = velocity = predicted.prediction
             if request.scheduler is Scheduler.HEUN and state.step + 1 < request.num_steps:
                 sigma, after = schedule.sigmas[state.step : state.step + 2]
                 ahead = _hold_start_frame(latents - (after - sigma) * velocity, told)
@@ -171,8 +192,32 @@ class ZImageVideoDenoiser:
             stepped = advance(schedule, -slope, time, latents, state)
             held_still = _hold_start_frame(stepped.latents, told)
             kept = self._keep_source(request, told, held_still, schedule.sigmas[state.step + 1])
-            made.append(replace(stepped, latents=kept))
+            made.append(predicted.note(replace(stepped, latents=kept), state))
         return made
+
+    def _predictions(
+        self,
+        requests: Sequence[VideoRequest],
+        conditionings: Sequence[ZImageConditioning],
+        states: Sequence[DenoiseState],
+        latents: Sequence[Tensor],
+        timesteps: Sequence[Tensor],
+        lead: Lead | None,
+    ) -> list[Predicted]:
+        """Of each request; one that is alone may make do with less."""
+        if len(requests) > 1:
+            made = self._velocities(requests, conditionings, latents, timesteps, lead)
+            return [Predicted(velocity) for velocity in made]
+        (request,), (told,) = requests, conditionings
+
+        def predict(guided: bool) -> Tensor:
+            seen = told if guided else replace(told, negative=None)
+            return self._velocities(requests, [seen], latents, timesteps, lead)[0]
+
+        num_tokens = self._num_tokens(request)
+        return [
+            self.step_cache.predict(request, states[0], latents[0], predict, self.mesh, num_tokens)
+        ]
 
     def _keep_source(
         self, request: VideoRequest, told: ZImageConditioning, latents: Tensor, sigma: Tensor
@@ -289,6 +334,12 @@ class ZImageVideoDecoder:
         if not isinstance(self.vae, WanVae):
             raise TypeError(f"{type(self.vae).__name__} does not decode in tiles")
         return self.vae.decode_tile(latents, box)
+
+    def decode_chunk(self, latents: FloatArray) -> FloatArray:
+        """Frames of a run; TypeError from a VAE that has none, which `in_chunks` tells."""
+        if not isinstance(self.vae, ImageVae):
+            raise TypeError(f"{type(self.vae).__name__} does not decode in chunks")
+        return self.vae.decode_chunk(latents)
 
 
 def _varies_by_frame(request: VideoRequest) -> bool:

@@ -54,8 +54,7 @@ def main() -> None:
         arguments.seed,
         compile_blocks=not arguments.no_compile,
     )
-    text_encoder.eval()
-    save_checkpoint(arguments.out, vae, tokenizer, text_encoder, transformer)
+    save_checkpoint(arguments.out, vae, tokenizer, text_encoder.eval(), transformer)
     print(f"all: {_minutes(started_s)}; wrote {arguments.out}")
 
 

@@ -2,8 +2,7 @@
 
 import torch
 from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class FusibleAttention:
@@ -12,6 +11,10 @@ class FusibleAttention:
     Upstream rotates in complex numbers, which TorchInductor leaves to slow kernels; and for some
     96 tokens the CPU's flash kernel is slower backwards than the plain formula.
     """
+
+    def __init__(self) -> None:
+        # Which tokens see which, bool [B, T, T]; None: all see all.
+        self.seen: Tensor | None = None
 
     def __call__(
         self,
@@ -32,14 +35,16 @@ class FusibleAttention:
         scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
         if attention_mask is not None:
             scores = scores.masked_fill(~attention_mask[:, None, None, :], float("-inf"))
+        if self.seen is not None:
+            scores = scores.masked_fill(~self.seen[:, None], float("-inf"))
         mixed = scores.softmax(dim=-1).type_as(value) @ value.transpose(1, 2)
         out: Tensor = attn.to_out[0](mixed.transpose(1, 2).flatten(2))
         return out
 
 
-def use_fusible_attention(transformer: ZImageTransformer2DModel) -> None:
-    """Swap the processor of every attention of the transformer."""
-    for module in transformer.modules():
+def use_fusible_attention(network: nn.Module) -> None:
+    """Swap the processor of every attention of the network."""
+    for module in network.modules():
         if isinstance(module, Attention):
             module.set_processor(FusibleAttention())
 

@@ -41,13 +41,13 @@ class Score:
 def read_attributes(pixels: NDArray[np.uint8]) -> Attributes:
     """pixels: uint8 [F, H, W, 3] RGB."""
     video = pixels.astype(np.float32) / 255.0
-    masks = [_foreground(frame) for frame in video]
+    masks = [foreground(frame) for frame in pixels]
     visible = [MIN_AREA < mask.mean() < MAX_AREA for mask in masks]
     border = np.concatenate([video[:, 0], video[:, -1], video[:, :, 0], video[:, :, -1]], axis=1)
     return Attributes(
         colours=tuple(
             _colour(frame, mask) if seen else None
-            for frame, mask, seen in zip(video, masks, visible, strict=True)
+            for frame, mask, seen in zip(pixels, masks, visible, strict=True)
         ),
         shapes=tuple(
             _shape(mask) if seen else None for mask, seen in zip(masks, visible, strict=True)
@@ -67,15 +67,17 @@ def score(pixels: NDArray[np.uint8], colour: str, shape: str, motion: str) -> Sc
     )
 
 
-def _foreground(frame: NDArray[np.float32]) -> NDArray[np.bool_]:
+def foreground(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """bool [H, W]: where a frame uint8 [H, W, 3] differs from its border."""
+    frame = pixels.astype(np.float32) / 255.0
     border = np.concatenate([frame[0], frame[-1], frame[:, 0], frame[:, -1]])
     difference = np.abs(frame - np.median(border, axis=0)).max(axis=-1)
     return np.asarray(difference > FOREGROUND_DIFFERENCE)
 
 
-def _colour(frame: NDArray[np.float32], mask: NDArray[np.bool_]) -> str | None:
+def _colour(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> str | None:
     """The named hue within 8 degrees of the shape's median colour, unless that is near grey."""
-    red, green, blue = median = np.median(frame[mask], axis=0)
+    red, green, blue = median = np.median(pixels[mask].astype(np.float32) / 255.0, axis=0)
     if median.max() - median.min() < MIN_SATURATION * median.max():
         return None
     hue_deg = np.rad2deg(np.arctan2(np.sqrt(3.0) * (green - blue), 2.0 * red - green - blue))

@@ -66,6 +66,11 @@ def paraphrase(combination: Combination, background: str, chance: random.Random)
     return f"{chance.choice((backdrop, backdrop.split(' ', 2)[2]))}, {text}"
 
 
+def colour_alone(combination: Combination, chance: random.Random) -> str:
+    """`a red shape`: for videos whose shape and motion something else tells."""
+    return f"{chance.choice(('a', 'a', 'the', 'one'))} {combination.colour} shape"
+
+
 def _motion_words(motion: str, chance: random.Random) -> str:
     if motion == "still":
         return chance.choice(STILL)

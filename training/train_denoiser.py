@@ -1,30 +1,31 @@
 """Trains the demo model's `ZImageTransformer2DModel` and text encoder together by flow matching."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from training.attention import use_fusible_attention
 from training.captions import canonical, paraphrase
 from training.clips import BACKGROUNDS, Combination, all_combinations, draw_clip, is_held_out
+from training.encoding import encode_drawn, normalise
 from training.loop import MovingAverage, run_steps
-from training.train_vae import to_model_range
+from training.optimizers import MuonAndAdam, rate_at
 
 NUM_STEPS, FINISH_STEPS = 6400, 800
-ENCODE_BATCH = 20
 CLIPS_PER_CAPTION = 20
 BATCH_SIZES = {1: 32, 2: 48, 4: 48}  # by f_patch_size; about as many tokens each
-MUON_LEARNING_RATE, ADAM_LEARNING_RATE = 2e-3, 2e-3
 CAPTION_DROPOUT = 0.1
 START_FRAME_SHARE = 0.15
 FOREGROUND_WEIGHT = 4.0
@@ -74,44 +75,36 @@ def make_transformer() -> ZImageTransformer2DModel:
     return transformer
 
 
-@torch.no_grad()
 def encode_clips(
-    vae: AutoencoderKLWan, seed: int, saved_at: Path, clips_per_caption: int = CLIPS_PER_CAPTION
+    vae: AutoencoderKLWan,
+    seed: int,
+    saved_at: Path,
+    clips_per_caption: int = CLIPS_PER_CAPTION,
+    *,
+    is_trained: bool = False,
 ) -> LatentClips:
-    """Draw and encode every seen combination, and set the VAE's latent mean and deviation."""
+    """Draw and encode every seen combination, and set the VAE's latent mean and deviation, unless
+    it is one that others are trained for.
+    """
     captions = [
         (combination, background)
         for combination in all_combinations()
         if not is_held_out(combination)
         for background in BACKGROUNDS
     ] * clips_per_caption
-    if saved_at.exists():
-        saved = torch.load(saved_at, weights_only=True)
-    else:
-        random_numbers = np.random.default_rng(seed)
-        latents: list[Tensor] = []
-        coverage: list[Tensor] = []
-        bar = tqdm(range(0, len(captions), ENCODE_BATCH), desc="encode clips", mininterval=2.0)
-        for first in bar:
-            clips = [
-                draw_clip(combination, background, random_numbers)
-                for combination, background in captions[first : first + ENCODE_BATCH]
-            ]
-            pixels = torch.stack([to_model_range(clip.pixels) for clip in clips])
-            latents.extend(vae.encode(pixels).latent_dist.mode())
-            coverage.extend(_latent_coverage(torch.from_numpy(clip.alpha)) for clip in clips)
-        saved = {"latents": torch.stack(latents), "coverage": torch.stack(coverage)}
-        partial = saved_at.with_suffix(".partial")
-        torch.save(saved, partial)
-        partial.replace(saved_at)
-    mean = saved["latents"].mean(dim=(0, 2, 3, 4))
-    deviation = saved["latents"].std(dim=(0, 2, 3, 4))
-    vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
-    shape = (1, -1, 1, 1, 1)
-    normalised = (saved["latents"] - mean.view(shape)) / deviation.view(shape)
+    random_numbers = np.random.default_rng(seed)
+
+    def draw(number: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        clip = draw_clip(*captions[number], random_numbers)
+        return clip.pixels, clip.alpha
+
+    latents, coverage = encode_drawn(vae, draw, len(captions), saved_at, of="clips")
+    if not is_trained:
+        mean, deviation = (each(dim=(0, 2, 3, 4)) for each in (latents.mean, latents.std))
+        vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
     return LatentClips(
-        normalised,
-        saved["coverage"],
+        normalise(vae, latents),
+        coverage,
         [combination for combination, _ in captions],
         [background for _, background in captions],
     )
@@ -141,30 +134,16 @@ def train_denoiser(
         "transformer": transformer.train(),
         "text_encoder": text_encoder.train(),
     }
-    parameters = [p for module in modules.values() for p in module.parameters()]
-    matrices = [
-        layer.weight
-        for module in modules.values()
-        for layer in module.modules()
-        if isinstance(layer, torch.nn.Linear)
-    ]
-    others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
-    muon = torch.optim.Muon(
-        matrices, MUON_LEARNING_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-    )
-    adam = torch.optim.AdamW(others, ADAM_LEARNING_RATE, (0.9, 0.98), weight_decay=0.0)
+    optimizers = MuonAndAdam(modules.values())
     average = MovingAverage(modules, decay=0.998)
 
     def train_step(step: int) -> dict[str, float]:
         chance = random.Random(f"denoiser-{seed}-{step}")
         torch.manual_seed(chance.getrandbits(48))
         is_finish = step >= num_steps
-        rate = min((step + 1) / 80, 1.0, max((1 - step / num_steps) / 0.5, 0.01))
+        rate = rate_at(step, num_steps)
         if is_finish:
             rate = FINISH_RATE * (1 - (step - num_steps) / finish_steps)
-        for optimizer, peak in ((muon, MUON_LEARNING_RATE), (adam, ADAM_LEARNING_RATE)):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * rate
         f_patch_size = chance.choices(list(F_PATCH_SHARES), list(F_PATCH_SHARES.values()))[0]
         rows = chance.choices(range(len(clips.combinations)), k=BATCH_SIZES[f_patch_size])
         captions = [
@@ -173,28 +152,23 @@ def train_denoiser(
         # The text encoder's backward, too, is faster with the plain formula than with flash's.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             texts = encode_captions(tokenizer, text_encoder, captions)
-            loss = _flow_matching_loss(
-                transformer,
+            loss = flow_matching_loss(
+                partial(predict, transformer, texts),
                 clips.latents[rows],
                 clips.coverage[rows],
-                texts,
                 f_patch_size=f_patch_size,
                 sigma_shift=LAYOUT_SHIFT if step < LAYOUT_SHARE * num_steps else DETAIL_SHIFT,
                 first_frame_weight=FINISH_FIRST_FRAME_WEIGHT if is_finish else FIRST_FRAME_WEIGHT,
             )
-            for optimizer in (muon, adam):
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
-        for optimizer in (muon, adam):
-            optimizer.step()
+            optimizers.back(loss)
+        optimizers.step(rate)
         average.update()
         return {f"loss_f{f_patch_size}": loss.item()}
 
     run_steps(
         "denoiser",
         num_steps + finish_steps,
-        {**modules, "muon": muon, "adam": adam, "average": average},
+        {**modules, **optimizers.parts, "average": average},
         train_step,
         work / "denoiser.pt",
     )
@@ -231,11 +205,10 @@ def _caption(combination: Combination, background: str, chance: random.Random) -
     return canonical(combination, chance.choice((background, None)))
 
 
-def _flow_matching_loss(
-    transformer: ZImageTransformer2DModel,
+def flow_matching_loss(
+    predicted_by: Callable[[list[Tensor], Tensor, int], list[Tensor]],
     latents: Tensor,
     coverage: Tensor,
-    texts: list[Tensor],
     *,
     f_patch_size: int,
     sigma_shift: float,
@@ -244,7 +217,8 @@ def _flow_matching_loss(
     """Weighted squared error of the velocity x0 - noise at one random noise level a clip.
 
     A share of the clips keeps its first latent frame clean, whose loss then does not count: that
-    is how the model learns to go on from a start frame.
+    is how the model learns to go on from a start frame. predicted_by: the velocities of noisy
+    latents, at times 0..1, with a temporal patch size.
     """
     count = len(latents)
     sigma = torch.rand(count)
@@ -257,19 +231,20 @@ def _flow_matching_loss(
     has_start_frame = torch.rand(count) < START_FRAME_SHARE
     noisy[has_start_frame, :, 0] = latents[has_start_frame, :, 0]
     weight[has_start_frame, :, 0] = 0.0
-    output = transformer(
-        list(noisy.unbind()),
-        1 - sigma.flatten(),
-        texts,
-        patch_size=2,
-        f_patch_size=f_patch_size,
-        return_dict=False,
-    )[0]
+    output = predicted_by(list(noisy.unbind()), 1 - sigma.flatten(), f_patch_size)
     error = torch.stack(output).float() - (latents - noise)
     return (weight * error.square()).mean()
 
 
-def _latent_coverage(alpha: Tensor) -> Tensor:
-    """alpha [F, H, W] -> [1, (F-1)/4+1, H/8, W/8]: the most covered pixel of each latent cell."""
-    padded = torch.cat([alpha[:1].expand(3, -1, -1), alpha])
-    return torch.nn.functional.max_pool3d(padded[None], kernel_size=(4, 8, 8))
+def predict(
+    transformer: ZImageTransformer2DModel,
+    texts: list[Tensor],
+    latents: list[Tensor],
+    times: Tensor,
+    f_patch_size: int,
+) -> list[Tensor]:
+    """The velocities [C, F, H, W] of latents at times 0..1."""
+    made: list[Tensor] = transformer(
+        latents, times, texts, patch_size=2, f_patch_size=f_patch_size, return_dict=False
+    )[0]
+    return made

@@ -1,12 +1,16 @@
-"""Models with control networks beside them."""
+"""Models with control networks beside them, and LoRAs."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
+from torch import Tensor
 
 from models.catalog import Model, load_model
 from models.control import load_control_net
+from models.lora import Lora, load_lora
 from models.request import ControlKind
 from tests.unit.test_families import RandomFamily
 from training.random_controls import (
@@ -40,3 +44,15 @@ def animatediff(random_family: RandomFamily, tmp_path_factory: pytest.TempPathFa
     for name in ("canny", "rgb", "scribble"):
         model = with_control(model, folder / name, name)
     return model
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., Lora]:
+    """Writes a LoRA's file, and reads what it is."""
+
+    def write(name: str, tensors: dict[str, Tensor], **metadata: str) -> Lora:
+        path = tmp_path / f"{name}.safetensors"
+        save_file({key: value.clone() for key, value in tensors.items()}, path, metadata or None)
+        return load_lora(path, name)
+
+    return write

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.catalog import Model
+from models.catalog import MeasuredSkipping, Model
 from models.checkpoint import (
     Checkpoint,
     CheckpointUnusable,
@@ -120,6 +120,22 @@ def test_one_of_other_weights_is_not_used(
     manifest = model.manifest.model_copy(update={"sha256": changed})
     with pytest.raises(CheckpointUnusable, match="weights"):
         check_agrees(saved, a_request(), replace(model, manifest=manifest))
+
+
+def test_what_is_measured_of_a_model_makes_no_checkpoint_unusable(model: Model) -> None:
+    measured = MeasuredSkipping(
+        num_steps=1,
+        guidance_scale=1.0,
+        f_patch_size=1,
+        num_videos=1,
+        psnr_db=1.0,
+        min_psnr_db=1.0,
+        passes_made=1.0,
+    )
+    manifest = model.manifest.model_copy(update={"skipping": (measured,)})
+    assert model_revision(replace(model, manifest=manifest)) == model_revision(model)
+    other = model.manifest.model_copy(update={"sha256": {"x": "y"}})
+    assert model_revision(replace(model, manifest=other)) != model_revision(model)
 
 
 def test_a_field_that_a_later_version_adds_makes_no_checkpoint_unusable(

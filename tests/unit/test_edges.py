@@ -37,3 +37,12 @@ def test_what_hardly_changes_has_no_edge() -> None:
     slope = np.linspace(0, 255, SIDE).astype(np.uint8)
     picture = np.broadcast_to(slope[None, :, None], (SIDE, SIDE, 3))
     assert not find_edges(picture[None].copy()).any()
+
+
+def test_a_change_of_colour_alone_is_an_edge() -> None:
+    picture = np.full((1, SIDE, SIDE, 3), 26, np.uint8)
+    picture[:, 12:36, 12:36] = (240, 20, 20)  # as bright as 90, which is no edge before 26
+    grey = np.full((1, SIDE, SIDE, 3), 26, np.uint8)
+    grey[:, 12:36, 12:36] = 70
+    assert find_edges(picture).any()
+    assert not find_edges(grey).any()

@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -310,3 +312,34 @@ def test_a_whole_motion_unet_serves_like_its_parts(
     unet.save_pretrained(joined / "unet")
     fields: dict[str, Any] = {"num_frames": 5, "num_steps": 1}
     assert torch.equal(make(folder, **fields).latents, make(joined, **fields).latents)
+
+
+@pytest.mark.parametrize("name", ["animatediff", "hunyuan-video", "hunyuan-video-concat"])
+def test_texts_of_several_threads_are_each_encoded_as_if_alone(
+    random_family: RandomFamily, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(random_family(name))
+    encoder: Any = load_encoder(model)
+    image = png(32, 32) if model.spec.start_image is Use.REQUIRED else None
+    texts = [" ".join(["x"] * (1 + i % 5)) for i in range(12)]
+    requests = [model.resolve({"prompt": text, "seed": 1}) for text in texts]
+    tokenizer = encoder.pipeline.tokenizer
+    changed = tokenizer.set_truncation_and_padding
+
+    def change(**ways: Any) -> None:
+        changed(**ways)
+        time.sleep(0.001)  # the moment at which another thread's call would change it again
+
+    monkeypatch.setattr(tokenizer, "set_truncation_and_padding", change)
+
+    def encode(request: VideoRequest) -> tuple[FloatArray, int]:
+        conditioning = encoder.encode(request, image)
+        positive = conditioning.positive
+        return getattr(positive, "states", positive), conditioning.num_tokens
+
+    alone = [encode(request) for request in requests]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(encode, requests))
+    assert [count for _, count in together] == [count for _, count in alone]
+    for (found, _), (expected, _) in zip(together, alone, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)

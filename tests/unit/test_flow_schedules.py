@@ -75,6 +75,26 @@ def test_a_scheduler_is_diffusers_own(
     assert (last.latents - euler.latents).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_steps": 4, "scheduler": "heun"},
+        {"num_steps": 4, "scheduler": "heun", "guidance_scale": 2.0},
+        {"num_steps": 5, "scheduler": "heun", "denoising_end": 0.6},
+        {"num_steps": 4, "scheduler": "lcm"},
+    ],
+)
+def test_as_many_passes_are_planned_as_are_made(
+    model: Model, a_request: ARequest, fields: dict[str, Any]
+) -> None:
+    request = a_request(num_frames=5, **fields)
+    denoiser: Any = load_denoiser(model)
+    rows: list[int] = []
+    denoiser.transformer.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    list(denoise(denoiser, request, load_encoder(model).encode(request, None)))
+    assert sum(rows) == request.planned_passes
+
+
 @pytest.mark.parametrize("kind", ["heun", "lcm"])
 def test_a_denoise_goes_on_from_any_step_in_the_same_bits(
     model: Model, a_request: ARequest, kind: str

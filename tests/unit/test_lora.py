@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -39,16 +40,6 @@ def changes_of(layer: Any, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     down = torch.randn(RANK, layer.in_features, generator=generator)
     return down, torch.randn(layer.out_features, RANK, generator=generator)
-
-
-@pytest.fixture
-def save(tmp_path: Path) -> Callable[..., Lora]:
-    def write(name: str, tensors: Tensors, **metadata: str) -> Lora:
-        path = tmp_path / f"{name}.safetensors"
-        save_file({key: value.clone() for key, value in tensors.items()}, path, metadata or None)
-        return load_lora(path, name)
-
-    return write
 
 
 CASES = {
@@ -228,6 +219,52 @@ def test_what_fits_no_layer_is_refused_at_deploy(
 ) -> None:
     with pytest.raises(LoraDoesNotFit, match=told):
         load(random_family("hunyuan-video"), save("x", tensors))
+
+
+ORIGINAL = {
+    "down_blocks.0.resnets.0.conv1": "input_blocks_1_0_in_layers_2",
+    "down_blocks.0.attentions.0.proj_in": "input_blocks_1_1_proj_in",
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q":
+        "input_blocks_1_1_transformer_blocks_0_attn1_to_q",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks_2_0_op",
+    "down_blocks.1.resnets.0.time_emb_proj": "input_blocks_3_0_emb_layers_1",
+    "mid_block.attentions.0.transformer_blocks.0.ff.net.2":
+        "middle_block_1_transformer_blocks_0_ff_net_2",
+    "mid_block.resnets.1.conv2": "middle_block_2_out_layers_3",
+    "up_blocks.0.resnets.1.conv_shortcut": "output_blocks_1_0_skip_connection",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks_1_1_conv",
+    "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_out.0":
+        "output_blocks_3_1_transformer_blocks_0_attn2_to_out_0",
+    "conv_in": "input_blocks_0_0",
+    "time_embedding.linear_1": "time_embed_0",
+}  # fmt: skip
+
+
+def test_stabilitys_own_names_are_the_same_layers(
+    random_family: Callable[[str], Path], save: Callable[..., Lora]
+) -> None:
+    folder = random_family("animatediff")
+    unet = network(load(folder))
+    tensors: Tensors = {}
+    for number, (layer, name) in enumerate(ORIGINAL.items()):
+        for half, tensor in zip(
+            ("down", "up"), conv_changes(unet.get_submodule(layer), number), strict=True
+        ):
+            tensors[f"lora_unet_{name}.lora_{half}.weight"] = tensor
+    lora = save("x", tensors)
+    assert lora.base is Base.SD_1
+    tuned = network(load(folder, lora))
+    assert {
+        layer for layer in ORIGINAL if isinstance(tuned.get_submodule(layer), BaseTunerLayer)
+    } == {*ORIGINAL}
+
+
+def conv_changes(layer: Any, seed: int) -> tuple[Tensor, Tensor]:
+    """Of a convolution: its own kernel down, one of a pixel up."""
+    if isinstance(layer, nn.Linear):
+        return changes_of(layer, seed)
+    down = torch.randn(RANK, layer.in_channels, *layer.kernel_size)
+    return down, torch.randn(layer.out_channels, RANK, 1, 1)
 
 
 def test_only_loras_of_the_base_are_offered(

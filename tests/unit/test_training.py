@@ -1,15 +1,22 @@
 """The demo model's training: honest data, an honest measure, and a run that can be interrupted."""
 
+import copy
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
 
-from bench.prompt_adherence import Generator, make_prompts
-from models.catalog import load_model
+from bench.generator import Generator, make_prompts
+from models.catalog import add_to_manifest, load_model
+from models.weight_files import check_sums
 from training.__main__ import save_checkpoint
+from training.additions import load_parts, save_control, save_lora
+from training.attention import use_fusible_attention
 from training.attributes import read_attributes, score
 from training.captions import canonical, paraphrase
 from training.clips import (
@@ -26,7 +33,20 @@ from training.clips import (
 )
 from training.loop import run_steps
 from training.text_encoder import make_text_encoder, make_tokenizer
-from training.train_denoiser import encode_captions, encode_clips, train_denoiser
+from training.train_control import encode_outlines, outline, train_control
+from training.train_denoiser import (
+    encode_captions,
+    encode_clips,
+    predict,
+    train_denoiser,
+)
+from training.train_regions import (
+    choose_two_shapes,
+    draw_two_shapes,
+    encode_halves,
+    train_regions,
+    two_texts,
+)
 from training.train_vae import _decode_unclamped, _rim, make_vae, train_vae
 
 
@@ -161,6 +181,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.long
 def test_training_makes_a_checkpoint_that_generates(tmp_path: Path) -> None:
     vae = train_vae(tmp_path, seed=1, num_steps=2)
     clips = encode_clips(vae, 1, tmp_path / "clips.pt", clips_per_caption=1)
@@ -177,7 +198,27 @@ def test_training_makes_a_checkpoint_that_generates(tmp_path: Path) -> None:
         trained = encode_captions(tokenizer, text_encoder, ["a red circle"])[0]
     folder = tmp_path / "checkpoint"
     save_checkpoint(folder, vae, tokenizer, text_encoder, transformer)
+    before = check_sums(folder)
+    parts = load_parts(folder)
+    texts = (parts.tokenizer, parts.text_encoder)
+    clips = encode_clips(parts.vae, 1, tmp_path / "again.pt", 1, is_trained=True)
+    outlines = encode_outlines(parts.vae, clips, 1, tmp_path / "outlines.pt", num_clips=20)
+    with pytest.raises(ValueError, match="of other clips"):
+        encode_outlines(parts.vae, clips, 2, tmp_path / "others.pt", num_clips=20)
+    control = train_control(
+        clips, outlines, *texts, parts.transformer, tmp_path, seed=1, num_steps=2
+    )
+    save_control(folder, control)
+    halves = encode_halves(parts.vae, 1, tmp_path / "halves.pt", num_clips=20)
+    save_lora(
+        folder, train_regions(halves, *texts, parts.transformer, tmp_path, seed=1, num_steps=2)
+    )
+    add_to_manifest(folder, sha256=check_sums(folder))
+    assert before.items() < check_sums(folder).items()
     generator = Generator(folder)
+    assert {"control/diffusion_pytorch_model.safetensors", "loras/regions.safetensors"} <= {
+        *generator.model.manifest.sha256
+    }
     assert generator.model.manifest.sha256 == load_model(folder).manifest.sha256
     request = generator.model.resolve({"prompt": "a red circle"})
     served = generator.encoder.encode(request, None).positive
@@ -185,7 +226,100 @@ def test_training_makes_a_checkpoint_that_generates(tmp_path: Path) -> None:
     long_prompt = generator.model.resolve({"prompt": "red circle " * 40})
     assert generator.encoder.encode(long_prompt, None).num_tokens > 32
     prompt = make_prompts(True, 1, 1)[0]
-    assert generator.generate(prompt, f_patch_size=4).shape == (13, 64, 64, 3)
+    assert generator.make({**prompt.fields, "f_patch_size": 4}).pixels.shape == (13, 64, 64, 3)
+    plain = generator.make(prompt.fields).pixels
+    region = {"prompt": "a blue circle", "box": [0, 0, 32, 64]}
+    with_region = {**prompt.fields, "regions": [region]}
+    generator.make(
+        {**prompt.fields, "control": {"type": "canny"}}, control=outline(clip_alpha(), chance())
+    )
+    generator.make({**with_region, "loras": [{"name": "regions"}]})
+    # after two steps hardly anything, but something
+    lora = load_file(folder / "loras" / "regions.safetensors")
+    assert all(up.any() for name, up in lora.items() if ".lora_B." in name)
+    net = load_file(folder / "control" / "diffusion_pytorch_model.safetensors")
+    assert net["control_layers.0.after_proj.weight"].any()
+    assert np.array_equal(generator.make(prompt.fields).pixels, plain)
+
+
+def chance() -> random.Random:
+    return random.Random(0)
+
+
+def clip_alpha() -> NDArray[np.float32]:
+    combination = Combination("red", "square", "right")
+    return draw_clip(combination, "dark", np.random.default_rng(0)).alpha
+
+
+def test_an_outline_is_a_line_about_the_shape() -> None:
+    alpha = clip_alpha()
+    drawn = [outline(alpha, random.Random(seed)) for seed in range(20)]
+    for video in drawn:
+        assert video.shape == (*alpha.shape, 3)
+        assert set(np.unique(video)) == {0, 255}
+        inside = alpha[6] > 0.5
+        rows, columns = np.nonzero(video[6, ..., 0])
+        found = np.zeros_like(inside)
+        found[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = True
+        assert (found ^ inside).sum() < 0.4 * inside.sum()
+        assert 40 < len(rows) < 140
+    assert len({video.tobytes() for video in drawn}) == len(drawn)
+
+
+def test_each_half_shows_what_its_words_say() -> None:
+    for seed in range(12):
+        two = choose_two_shapes(random.Random(seed), held_out=True)
+        assert is_held_out(two.left)
+        assert is_held_out(two.right)
+        pixels, alpha = draw_two_shapes(two, seed)
+        assert pixels.shape[:3] == alpha.shape == (13, SIZE, 2 * SIZE)
+        for half, wanted in zip(np.split(pixels, 2, axis=2), (two.left, two.right), strict=True):
+            found = score(half, wanted.colour, wanted.shape, wanted.motion)
+            assert found.colour
+            assert found.shape
+            assert found.motion
+        here = two.right if two.region_is_right else two.left
+        assert two.captions[1] == canonical(here, two.background)
+        assert two.box == ((SIZE if two.region_is_right else 0), 0, SIZE, SIZE)
+
+
+def test_regions_are_trained_in_the_attention_that_they_are_made_in() -> None:
+    """One that is a dense mask, and one that has none."""
+    generator = Generator(Path("models/demo"))
+    denoiser: Any = generator.denoiser
+    two = choose_two_shapes(random.Random(3), held_out=False)
+    fields = {
+        "prompt": two.captions[0],
+        "regions": [{"prompt": two.captions[1], "box": two.box}],
+        "guidance_scale": 1.0,
+        "width": 2 * SIZE,
+        "height": SIZE,
+        "seed": 1,
+    }
+    ours = copy.deepcopy(denoiser.transformer)
+    use_fusible_attention(ours)
+    for f_patch_size in (1, 4):
+        request = generator.model.resolve({**fields, "f_patch_size": f_patch_size})
+        told = generator.encoder.encode(request, None)
+        state = denoiser.start(request, told)
+        velocity = denoiser._velocities(
+            [request], [told], [state.latents], [torch.tensor(500.0)], None
+        )[0]
+        texts, seen = two_texts(
+            generator.encoder.tokenizer, generator.encoder.text_encoder, [two, None],
+            state.latents, f_patch_size,
+        )  # fmt: skip
+        assert not seen[0].all()
+        assert seen[1].all()
+        for masks, is_the_same in ((seen[:1], True), (None, False)):
+            for layer in ours.layers[::2]:
+                layer.attention.processor.seen = masks
+            with torch.no_grad():
+                made = predict(
+                    ours, texts[:1], [state.latents[0]], torch.tensor([0.5]), f_patch_size
+                )
+            difference = float((made[0] - velocity[0]).abs().max())
+            assert (difference < 1e-4) is is_the_same, difference
 
 
 def test_the_rim_of_a_shape_is_what_tells_it_from_others() -> None:
