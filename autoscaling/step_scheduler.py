@@ -6,29 +6,22 @@ first, on aligned blocks whose sizes are powers of two. A request that does not 
 keeps its state and loses nothing but time.
 """
 
+import heapq
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 
 from pydantic import BaseModel, Field
 
+from autoscaling.rank_blocks import Block, RankBoard
 
-class Block(NamedTuple):
-    """`size` neighbouring ranks from `first` on; first is a multiple of size."""
-
-    first: int
-    size: int
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """Their numbers."""
-        return tuple(range(self.first, self.first + self.size))
+LATER = 1.5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Task:
-    """A request at a step boundary.
+    """A request, as it is at its next step boundary.
 
     step_s: seconds of one step by degree, for every degree that it may run at; value: what it is
     worth to finish it by deadline_s; express_from_s: when it begins to overtake whoever is not
@@ -45,19 +38,30 @@ class Task:
     value: float = 1.0
     block: Block | None = None
     batch: Hashable | None = None
+    sizes: list[tuple[int, float]] = field(init=False)
+    """step_s, smallest degree first."""
+    quickest_s: float = field(init=False)
+    """The shortest of its steps."""
+    turn: tuple[float, float, str] = field(init=False)
+    """By deadline: who is at work stays at work until someone with less time comes."""
 
-    def seconds(self, degree: int) -> float:
-        """What is left, at that degree."""
-        return self.steps_left * self.step_s[degree]
-
-    def work(self, degree: int) -> float:
-        """The same in GPU-seconds."""
-        return self.seconds(degree) * degree
+    def __post_init__(self) -> None:
+        self.sizes = sorted(self.step_s.items())
+        self.quickest_s = min(self.step_s.values())
+        self.turn = (self.deadline_s, self.arrived_s, self.id)
 
     @property
     def least_seconds(self) -> float:
         """What is left at the fastest degree."""
-        return min(self.seconds(degree) for degree in self.step_s)
+        return self.steps_left * self.quickest_s
+
+    def least_work(self, within_s: float) -> float | None:
+        """GPU-seconds at the smallest degree that is done within so many seconds, if one is."""
+        for degree, step_s in self.sizes:
+            seconds = self.steps_left * step_s
+            if seconds <= within_s:
+                return seconds * degree
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +89,11 @@ class StepSchedulerConfig(BaseModel, frozen=True, extra="forbid"):
 
     capacity: float = Field(0.95, gt=0, le=1)
     hurry: float = Field(0.5, gt=0, le=1)
-    max_step_s: float = Field(7.6, gt=0)
-    hold_s: float = Field(3.0, ge=0)
-    min_efficiency: float = Field(0.8, ge=0)
+    max_step_s: float = Field(2.5, gt=0)
+    hold_s: float = Field(5.0, ge=0)
+    min_efficiency: float = Field(0.6, ge=0)
     max_batch: int = Field(1, ge=1)
+    late_capacity: float = Field(0.7, ge=0, le=1)
 
 
 def next_steps(
@@ -100,30 +105,46 @@ def next_steps(
 ) -> list[Step]:
     """The steps that begin now, on ranks where none is under way.
 
-    tasks: those at a step boundary; one whose step is under way is not among them. ValueError if a
-    task has no degree that num_ranks allows.
+    tasks: everyone's, as they will be when the steps that are under way have ended; those get no
+    further one now, but what is left of them is promised time. ValueError if a task has no degree
+    that num_ranks allows.
     """
-    tasks = [_fitted(task, num_ranks) for task in tasks]
-    board = _Board(now_s, num_ranks, under_way, config)
-    express = [task for task in tasks if task.express_from_s <= now_s]
-    in_time = guaranteed(now_s, num_ranks, tasks, config)
-    express.sort(key=_by_deadline)
-    promised = [task for task in in_time if task not in express]
-    rest = [task for task in tasks if task not in express and task not in in_time]
-    rest.sort(key=lambda task: _effort(task, now_s))
+    board = RankBoard(now_s, num_ranks, [(step.block, step.ends_s) for step in under_way])
+    if not board.free:
+        return []
+    everyone = [_fitted(task, num_ranks) for task in tasks]
+    busy = {task_id: step for step in under_way for task_id in (step.task_id, *step.batched)}
+    in_time = guaranteed(now_s, num_ranks, everyone, config, busy)
+    due_s = {task.id: task.deadline_s for task in in_time}
+    if config.late_capacity and len(in_time) < len(everyone):
+        due_s |= _due_later(now_s, num_ranks, everyone, in_time, config, busy)
+    express = [task for task in everyone if task.express_from_s <= now_s and task.id not in busy]
+    express.sort(key=attrgetter("turn"))
+    first = {task.id for task in express}.union(busy)
+    promised = [task for task in everyone if task.id in due_s and task.id not in first]
+    promised.sort(key=lambda task: (due_s[task.id], task.turn))
+    first.update(due_s)
+    plan = _Placing(board, config)
     for task in express:
-        board.place(task, must=True)
+        plan.place(task, must=True)
     for task in promised:
-        board.place(task, must=board.is_urgent(task))
-    for task in rest:
-        board.place(task, must=False)
-    board.grow()
-    board.batch([*express, *promised, *rest])
-    return board.steps()
+        plan.place(task, must=plan.is_urgent(task, due_s[task.id]))
+    rest = []
+    if board.free:
+        rest = [task for task in everyone if task.id not in first]
+        rest.sort(key=lambda task: _effort(task, now_s))
+        for task in rest:
+            plan.place(task, must=False)
+        plan.grow()
+    if config.max_batch > 1:
+        plan.batch([*express, *promised, *rest])
+    return plan.steps()
 
 
 def _fitted(task: Task, num_ranks: int) -> Task:
     """The task with no degree but those that there are ranks for."""
+    if task.sizes[-1][0] <= num_ranks:
+        return task
     step_s = {degree: step_s for degree, step_s in task.step_s.items() if degree <= num_ranks}
     if not step_s:
         raise ValueError(f"task {task.id} runs at {sorted(task.step_s)} of {num_ranks} ranks")
@@ -131,83 +152,127 @@ def _fitted(task: Task, num_ranks: int) -> Task:
 
 
 def guaranteed(
-    now_s: float, num_ranks: int, tasks: Iterable[Task], config: StepSchedulerConfig
+    now_s: float,
+    num_ranks: int,
+    tasks: Iterable[Task],
+    config: StepSchedulerConfig,
+    busy: Mapping[str, Step] | None = None,
 ) -> list[Task]:
     """The tasks that can all be in time, as far as GPU-seconds tell, by deadline.
 
-    Where they can't all be, those worth least for their work are left out.
+    Where they can't all be, those worth least for their work are left out. busy: the steps under
+    way, by task.
     """
-    kept: list[tuple[Task, float]] = []
-    total = 0.0
-    for task in sorted(tasks, key=_by_deadline):
+    busy = busy or {}
+    left_out: set[int] = set()
+    kept: list[Task] = []
+    least: list[tuple[float, int, float]] = []
+    total, per_s = 0.0, config.capacity * num_ranks
+    for task in sorted(tasks, key=attrgetter("turn")):
         left_s = task.deadline_s - now_s
-        works = [task.work(degree) for degree in task.step_s if task.seconds(degree) <= left_s]
-        if not works:
+        work = _work_in_time(task, now_s, busy)
+        if not work:  # too late, or its last step is under way
             continue
-        kept.append((task, min(works)))
-        total += min(works)
-        while total > config.capacity * num_ranks * left_s:
-            least = min(kept, key=lambda entry: entry[0].value / entry[1])
-            kept.remove(least)
-            total -= least[1]
-    return [task for task, _ in kept]
+        heapq.heappush(least, (task.value / work, len(kept), work))
+        kept.append(task)
+        total += work
+        while total > per_s * left_s:
+            _, number, gone = heapq.heappop(least)
+            left_out.add(number)
+            total -= gone
+    return [task for number, task in enumerate(kept) if number not in left_out]
 
 
-def _by_deadline(task: Task) -> tuple[float, float, str]:
-    """A fixed order: who is at work stays at work until someone with less time comes."""
-    return (task.deadline_s, task.arrived_s, task.id)
+def _work_in_time(task: Task, now_s: float, busy: Mapping[str, Step]) -> float | None:
+    """The least GPU-seconds that end it by its deadline, if any do, from its next boundary on."""
+    step = busy.get(task.id)
+    return task.least_work(task.deadline_s - (now_s if step is None else step.ends_s))
 
 
-def _effort(task: Task, now_s: float) -> tuple[float, str]:
+def _due_later(
+    now_s: float,
+    num_ranks: int,
+    everyone: Sequence[Task],
+    in_time: Sequence[Task],
+    config: StepSchedulerConfig,
+    busy: Mapping[str, Step],
+) -> dict[str, float]:
+    """A later deadline for those that can't be in time: the first that it can keep of ones that are
+    LATER times as far from its arrival as the one before. Promised is only what the ones in time
+    leave over, up to late_capacity.
+    """
+    others = {task.id for task in in_time}.union(busy)
+    entries: list[tuple[float, float, Task | None]] = [
+        (task.deadline_s, _work_in_time(task, now_s, busy) or 0.0, None) for task in in_time
+    ]
+    for task in everyone:
+        if task.id in others:
+            continue
+        # it may have come here after its deadline
+        wait_s = max(task.deadline_s - task.arrived_s, task.least_seconds)
+        needed_s = now_s + task.least_seconds - task.arrived_s
+        wait_s *= LATER ** max(0, math.ceil(math.log(needed_s / wait_s, LATER)))
+        work = task.least_work(task.arrived_s + wait_s - now_s)
+        if work is not None:  # but for what rounding takes, it never is
+            entries.append((task.arrived_s + wait_s, work, task))
+    entries.sort(key=lambda entry: entry[0])
+    total, per_s = 0.0, config.late_capacity * num_ranks
+    due_s: dict[str, float] = {}
+    least: list[tuple[float, tuple[float, float, str], str, float]] = []
+    for deadline_s, work, late in entries:
+        total += work
+        if late is not None:
+            due_s[late.id] = deadline_s
+            heapq.heappush(least, (late.value / work, late.turn, late.id, work))
+        while least and total > per_s * (deadline_s - now_s):
+            _, _, gone_id, gone = heapq.heappop(least)
+            del due_s[gone_id]
+            total -= gone
+    return due_s
+
+
+def _effort(task: Task, now_s: float) -> tuple[float, tuple[float, float, str]]:
     """Of those with no promise: the least work for its value first, and less with every wait."""
-    work = min(task.work(degree) for degree in task.step_s)
+    degree, step_s = task.sizes[0]
     lateness = max(0.0, now_s - task.deadline_s) / (20 * task.least_seconds)
-    return (work / task.value / (1 + lateness), task.id)
+    return (task.steps_left * degree * step_s / task.value / (1 + lateness), task.turn)
 
 
-class _Board:
-    """Which rank is taken from now on, and until when those are that are under way."""
+class _Placing:
+    """Gives blocks of a board to tasks, one after the other."""
 
-    def __init__(
-        self,
-        now_s: float,
-        num_ranks: int,
-        under_way: Sequence[Step],
-        config: StepSchedulerConfig,
-    ) -> None:
-        self.now_s = now_s
-        self.num_ranks = num_ranks
+    def __init__(self, board: RankBoard, config: StepSchedulerConfig) -> None:
+        self.board = board
         self.config = config
-        self.free_from_s = [now_s] * num_ranks
-        for step in under_way:
-            for rank in step.block.ranks:
-                self.free_from_s[rank] = max(step.ends_s, math.nextafter(now_s, math.inf))
-        self.held: set[int] = set()
         self.placed: dict[str, tuple[Task, Block]] = {}
         self.batches: dict[str, list[Task]] = {}
 
-    def is_urgent(self, task: Task) -> bool:
+    def is_urgent(self, task: Task, due_s: float) -> bool:
         """It can't wait for much longer than the longest step."""
-        slack_s = task.deadline_s - self.now_s - task.least_seconds
+        slack_s = due_s - self.board.now_s - task.least_seconds
         return slack_s <= self.config.max_step_s + self.config.hold_s
 
     def place(self, task: Task, *, must: bool) -> None:
         """Give the task a free block; if it must run and there is none, hold one for it."""
-        degree = self._degree(task)
-        block = self._free_block(task, degree)
+        if not self.board.free:
+            return
+        degrees = self._quick_degrees(task)
+        degree = self._degree(task, degrees)
+        block = self.board.fit(degree, task.block)
         if block is None and must:
             block = self._hold(task, degree)
         elif block is None:
-            smaller = (self._free_block(task, size) for size in self._degrees(task, below=degree))
-            block = next((found for found in smaller if found is not None), None)
+            smaller = (size for size in reversed(degrees) if size < degree)
+            found = (self.board.fit(size, task.block) for size in smaller)
+            block = next((block for block in found if block is not None), None)
         if block is not None:
             self.placed[task.id] = (task, block)
-            self.held.update(block.ranks)
+            self.board.take(block)
 
     def grow(self) -> None:
         """Give idle neighbours to those that are done soonest and make good use of them."""
         for task, _ in sorted(self.placed.values(), key=lambda entry: entry[0].least_seconds):
-            while self._doubled(task):
+            while self.board.free and self._doubled(task):
                 pass
 
     def batch(self, tasks: Sequence[Task]) -> None:
@@ -223,62 +288,40 @@ class _Board:
         """What was placed. A batch takes no longer than its steps one by one."""
         steps = []
         for task, block in self.placed.values():
-            joined = self.batches[task.id]
+            joined = self.batches.get(task.id, [])
             takes_s = task.step_s[block.size] + sum(other.step_s[1] for other in joined)
             ids = tuple(other.id for other in joined)
-            steps.append(Step(task.id, block, self.now_s + takes_s, ids))
+            steps.append(Step(task.id, block, self.board.now_s + takes_s, ids))
         return steps
 
-    def _degree(self, task: Task) -> int:
-        """The smallest that is quick enough, both for the deadline and for those who wait.
+    def _quick_degrees(self, task: Task) -> list[int]:
+        """Those for whose steps nobody waits too long, smallest first; else the quickest alone."""
+        quick = [degree for degree, step_s in task.sizes if step_s <= self.config.max_step_s]
+        return quick or [min(task.sizes, key=lambda size: size[1])[0]]
 
-        Where no degree can be in time any more, the one that takes the least work.
+    def _degree(self, task: Task, degrees: Collection[int]) -> int:
+        """The smallest that leaves time to spare.
+
+        Where none can be in time any more, the one that takes the least work.
         """
-        degrees = list(self._degrees(task))
-        short = [size for size in degrees if task.step_s[size] <= self.config.max_step_s]
-        sizes = short or [min(degrees, key=lambda size: task.step_s[size])]
-        left_s = task.deadline_s - self.now_s
-        if min(task.seconds(size) for size in sizes) > left_s:
-            return min(sizes, key=task.work)
-        quick = [size for size in sizes if task.seconds(size) <= self.config.hurry * left_s]
-        return min(quick) if quick else min(sizes, key=lambda size: task.step_s[size])
-
-    def _degrees(self, task: Task, below: int | None = None) -> Iterator[int]:
-        """The task's, largest first."""
-        sizes = sorted(task.step_s, reverse=True)
-        return (size for size in sizes if below is None or size < below)
-
-    def _free_block(self, task: Task, size: int) -> Block | None:
-        """Where it ran before, else where it breaks up least of what is free."""
-        free = [block for block in self._blocks(size) if self._is_free(block)]
-        if task.block in free:
-            return task.block
-        return min(free, key=lambda block: (self._free_around(block), block), default=None)
-
-    def _free_around(self, block: Block) -> int:
-        """The free ranks of the largest free block around it."""
-        size, largest = block.size, block.size
-        while (size := size * 2) <= self.num_ranks:
-            around = Block(block.first - block.first % size, size)
-            if not self._is_free(around):
-                break
-            largest = size
-        return largest
+        left_s = task.deadline_s - self.board.now_s
+        if task.least_seconds > left_s:
+            return min(degrees, key=lambda degree: degree * task.step_s[degree])
+        enough_s = self.config.hurry * left_s
+        for degree in degrees:
+            if task.steps_left * task.step_s[degree] <= enough_s:
+                return degree
+        return min(degrees, key=lambda degree: task.step_s[degree])
 
     def _hold(self, task: Task, degree: int) -> Block | None:
         """Hold the block that is free first; in a free part of it a step may run until then."""
-        blocks = [block for block in self._blocks(degree) if self.held.isdisjoint(block.ranks)]
-        if not blocks:
+        held = self.board.hold_soonest(degree, task.block)
+        if held is None:
             return None
-        first = min(blocks, key=lambda block: (self._free_at(block), block != task.block, block))
-        free_s = self._free_at(first)
-        self.held.update(first.ranks)
-        for size in self._degrees(task, below=degree):
-            for block in self._blocks(size):
-                inside = set(block.ranks) <= set(first.ranks)
-                if inside and self._free_at(block) <= self.now_s:
-                    ends_s = self.now_s + task.step_s[size]
-                    return block if ends_s <= free_s else None
+        inside, free_s = held
+        for size, step_s in reversed(task.sizes):
+            if size < degree and (block := self.board.fit(size, task.block, inside)) is not None:
+                return block if self.board.now_s + step_s <= free_s else None
         return None
 
     def _doubled(self, task: Task) -> bool:
@@ -287,27 +330,12 @@ class _Board:
         size = 2 * block.size
         if size not in task.step_s:
             return False
-        smallest = min(task.step_s)
-        efficiency = task.step_s[smallest] * smallest / (task.step_s[size] * size)
+        smallest, step_s = task.sizes[0]
+        if step_s * smallest < self.config.min_efficiency * task.step_s[size] * size:
+            return False
         around = Block(block.first - block.first % size, size)
-        others = set(around.ranks) - set(block.ranks)
-        idle = all(self._rank_is_free(rank) for rank in others)
-        if not idle or efficiency < self.config.min_efficiency:
+        if not self.board.is_free_but_for(around, block):
             return False
         self.placed[task.id] = (task, around)
-        self.held.update(others)
+        self.board.take(around)
         return True
-
-    def _blocks(self, size: int) -> Iterator[Block]:
-        return (Block(first, size) for first in range(0, self.num_ranks - size + 1, size))
-
-    def _free_at(self, block: Block) -> float:
-        return max(self.free_from_s[rank] for rank in block.ranks)
-
-    def _is_free(self, block: Block) -> bool:
-        return all(self._rank_is_free(rank) for rank in block.ranks)
-
-    def _rank_is_free(self, rank: int) -> bool:
-        """Of the numbers past the last rank, none is."""
-        taken = rank >= self.num_ranks or rank in self.held
-        return not taken and self.free_from_s[rank] <= self.now_s

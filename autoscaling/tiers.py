@@ -5,6 +5,7 @@ from enum import StrEnum
 from pydantic import BaseModel
 
 from credits.plans import Plan, PlanForbids
+from models.compute import Dtype, WeightStorage
 from models.request import InvalidRequest, VideoRequest
 
 
@@ -18,6 +19,8 @@ class GpuTier(StrEnum):
 
 
 LADDER = (GpuTier.T4, GpuTier.A10G, GpuTier.A100)
+# What the GPUs of a tier compute in, if nothing else is said.
+DTYPES = {GpuTier.LOCAL: Dtype.FLOAT32, GpuTier.T4: Dtype.FLOAT16}
 HIGHEST = {
     Plan.BASIC: GpuTier.T4,
     Plan.PRO: GpuTier.A10G,
@@ -26,10 +29,18 @@ HIGHEST = {
 
 
 class ServedOn(BaseModel, frozen=True, extra="forbid"):
-    """A tier that serves a model, for sizes up to max_area pixels (None: any)."""
+    """A tier that serves a model, for sizes up to max_area pixels (None: any), and how the weights
+    of its denoiser lie in that tier's memory; None: whole, or what fits if those do not.
+    """
 
     tier: GpuTier
     max_area: int | None = None
+    weights: WeightStorage | None = None
+
+    @property
+    def storage(self) -> WeightStorage:
+        """How they lie there, once it is decided."""
+        return self.weights or WeightStorage.WHOLE
 
 
 def choose_tier(served_on: tuple[ServedOn, ...], plan: Plan, request: VideoRequest) -> GpuTier:

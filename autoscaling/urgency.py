@@ -21,7 +21,9 @@ class UrgencyConfig(BaseModel, frozen=True, extra="forbid"):
     """by_priority: of the plans, lowest first; a higher priority counts as the last.
 
     base_s: what every request has besides. express_priority: from this plan on a request overtakes
-    those of other plans; ageing_s: any request does after so long.
+    those of other plans; ageing_s: any request does after so long. work_exponent: a request's work
+    counts for its value to this power: 0: every request is worth the same, however long its video;
+    below 1, or the longest would always go first.
     """
 
     base_s: float = Field(2.0, ge=0)
@@ -36,6 +38,7 @@ class UrgencyConfig(BaseModel, frozen=True, extra="forbid"):
     )
     express_priority: int = Field(3, ge=0)
     ageing_s: float = Field(600.0, gt=0)
+    work_exponent: float = Field(0.8, ge=0, le=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,6 @@ class Urgency:
     value: float
 
 
-# Work counts for its value by less than its amount, or the longest would always go first.
-WORK_EXPONENT = 0.8
 MIN_EFFICIENCY = 0.8
 
 
@@ -73,5 +74,5 @@ def judge(
     return Urgency(
         deadline_s=admitted_s + config.base_s + plan.scale * num_steps * min(efficient),
         express_from_s=admitted_s if express else admitted_s + config.ageing_s,
-        value=plan.value * math.pow(work, WORK_EXPONENT),
+        value=plan.value * math.pow(work, config.work_exponent),
     )

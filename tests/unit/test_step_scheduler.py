@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoscaling.rank_blocks import Block
 from autoscaling.step_scheduler import (
-    Block,
     Step,
     StepSchedulerConfig,
     Task,
@@ -57,7 +57,8 @@ def run_to_end(
             task = at_work.pop(step.task_id)
             if task.steps_left > 1:
                 waiting[task.id] = replace(task, steps_left=task.steps_left - 1, block=step.block)
-        begun = next_steps(now_s, num_ranks, waiting.values(), under_way, config)
+        after = [replace(task, steps_left=task.steps_left - 1) for task in at_work.values()]
+        begun = next_steps(now_s, num_ranks, [*waiting.values(), *after], under_way, config)
         for step in begun:
             at_work[step.task_id] = waiting.pop(step.task_id)
         under_way += begun
@@ -78,7 +79,7 @@ tasks_strategy = st.lists(
             value=value,
         ),
         st.floats(0, 20),
-        st.floats(0.1, 60),
+        st.floats(-60, 60),  # some come here after their deadline
         st.sampled_from([0.0, 30.0, NEVER]),
         st.integers(1, 6),
         st.floats(0.1, 9),
@@ -184,8 +185,10 @@ def test_a_step_that_is_too_long_for_the_others_is_shared() -> None:
 
 def test_idle_ranks_are_lent_only_if_used_well() -> None:
     task = make_task("t", deadline_s=1000.0)
-    (step,) = next_steps(0.0, 8, [task], [], CONFIG)
-    assert step.block.size == 4  # 1.0 s / (4 x 0.3 s) is 83 %, 1.0 s / (8 x 0.2 s) only 63 %
+    for least, size in ((0.6, 8), (0.7, 4), (0.9, 2)):
+        config = CONFIG.model_copy(update={"min_efficiency": least})
+        (step,) = next_steps(0.0, 8, [task], [], config)
+        assert step.block.size == size  # used to 96 %, 83 % and 63 % by 2, 4 and 8
     steps = next_steps(0.0, 2, [task, replace(task, id="u")], [], CONFIG)
     assert [step.block.size for step in steps] == [1, 1]
 
@@ -203,6 +206,49 @@ def test_overload_leaves_out_what_is_worth_least_for_its_work() -> None:
     ends = {step.task_id: step.ends_s for step in history}
     assert ends["b"] <= 13.0
     assert ends["c"] <= 26.0
+
+
+def test_what_is_left_of_those_at_work_is_promised_time_too() -> None:
+    at_work = on_one_gpu("at-work", deadline_s=10.0, steps_left=8)
+    under_way = [Step("at-work", Block(0, 1), 1.0)]
+    new = on_one_gpu("new", deadline_s=12.0, steps_left=4)
+    busy = {step.task_id: step for step in under_way}
+    assert guaranteed(0.0, 1, [new], CONFIG) == [new]
+    assert guaranteed(0.0, 1, [at_work, new], CONFIG, busy) == [new]  # worth more for its work
+    precious = replace(at_work, value=10.0)
+    assert guaranteed(0.0, 1, [precious, new], CONFIG, busy) == [precious]
+    # a free rank beside it is not given to it a second time
+    assert next_steps(0.0, 2, [at_work], under_way, CONFIG) == []
+
+
+def test_who_is_late_gets_a_later_deadline_out_of_what_the_others_leave() -> None:
+    """Those in time always want the rank; what they can spare goes to the one that is late."""
+    stream = [
+        on_one_gpu(f"s{n}", arrived_s=2.0 * n, steps_left=1, deadline_s=2.0 * n + 40.0)
+        for n in range(100)
+    ] + [
+        on_one_gpu(f"t{n}", arrived_s=30.0 + n, steps_left=1, deadline_s=n + 130.0)
+        for n in range(40)
+    ]
+    late = on_one_gpu("late", steps_left=10, deadline_s=5.0)
+
+    def ends_s(late_capacity: float) -> dict[str, float]:
+        config = CONFIG.model_copy(update={"late_capacity": late_capacity})
+        return {step.task_id: step.ends_s for step in run_to_end(1, [*stream, late], config)}
+
+    with_later, without = ends_s(0.95), ends_s(0.0)
+    assert with_later["late"] < 0.8 * without["late"]
+    for found in (with_later, without):
+        assert all(found[task.id] <= task.deadline_s for task in stream)
+
+
+def test_who_comes_after_the_deadline_is_served_too() -> None:
+    for deadline_s in (5.0, 4.0, -1000.0):
+        task = on_one_gpu("t", arrived_s=5.0, deadline_s=deadline_s)
+        (step,) = next_steps(5.0, 1, [task], [], CONFIG)
+        assert step.task_id == "t"
+        (step,) = next_steps(5000.0, 1, [task], [], CONFIG)
+        assert step.task_id == "t"
 
 
 def test_a_wide_block_is_held_for_a_request_in_a_hurry() -> None:

@@ -1,0 +1,158 @@
+"""Requests for the simulator, made from a seed: how they arrive, what they ask for, who pays.
+
+The mix is of four families at eight sizes. Their step times are those that were published: of
+Hetu-DiT's profile on L20s (`model_profiler.py`), taken to A100s by 54.4 s for HunyuanVideo's
+largest step, and this project's own roofline for the UNets.
+"""
+
+import bisect
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from credits.plans import Plan
+from models.cost import denoise_shape
+from models.request import ModelFamily
+from parallel.plan import StepShape
+
+A100_OF_L20 = 54.4 / 118
+
+
+@dataclass(frozen=True, slots=True)
+class VideoKind:
+    """What is asked for; measured_s: seconds of a step on an A100, by degree."""
+
+    name: str
+    family: ModelFamily
+    num_frames: int
+    width: int
+    height: int
+    num_steps: int
+    measured_s: Mapping[int, float]
+
+    @property
+    def shape(self) -> StepShape:
+        """Of a step."""
+        guided = self.family is not ModelFamily.HUNYUAN_VIDEO
+        return denoise_shape(self.family, self.num_frames, self.width, self.height, guided=guided)
+
+    @property
+    def work_s(self) -> float:
+        """GPU-seconds of all steps on one GPU."""
+        return self.num_steps * self.measured_s[1]
+
+
+def _hunyuan(frames: int, width: int, height: int, *l20_s: float) -> VideoKind:
+    measured_s = {degree: s * A100_OF_L20 for degree, s in zip((1, 2, 4, 8), l20_s, strict=True)}
+    name = f"hunyuan-{min(width, height)}p-{frames}f"
+    return VideoKind(name, ModelFamily.HUNYUAN_VIDEO, frames, width, height, 50, measured_s)
+
+
+ANIMATEDIFF = VideoKind(
+    "animatediff-512p-16f",
+    ModelFamily.ANIMATEDIFF,
+    16,
+    512,
+    512,
+    25,
+    {1: 0.253, 2: 0.133, 4: 0.079, 8: 0.063},
+)
+SVD_XT = VideoKind(
+    "svd-xt-576p-25f",
+    ModelFamily.SVD_XT,
+    25,
+    1024,
+    576,
+    25,
+    {1: 1.14, 2: 0.60, 4: 0.335, 8: 0.204},
+)
+KINDS = (
+    ANIMATEDIFF,
+    SVD_XT,
+    _hunyuan(33, 960, 544, 6.01, 3.68, 2.03, 1.0),
+    _hunyuan(65, 960, 544, 15.09, 8.76, 4.51, 2.3),
+    _hunyuan(129, 960, 544, 43.58, 24.6, 12.4, 6.67),
+    _hunyuan(33, 1280, 720, 13.7, 8.01, 4.1, 2.35),
+    _hunyuan(65, 1280, 720, 37.53, 21.0, 10.7, 5.8),
+    _hunyuan(129, 1280, 720, 118.0, 64.48, 31.92, 16.35),
+)
+MIX = (0.25, 0.25, 0.20, 0.12, 0.06, 0.07, 0.03, 0.02)
+PLANS = {Plan.PRO: 0.2, Plan.BASIC: 0.5, Plan.FREE: 0.3}
+
+
+class Asked(NamedTuple):
+    """A request of a workload: when it arrives, what it asks for, whose it is."""
+
+    arrived_s: float
+    kind: VideoKind
+    plan: Plan
+    account: int
+
+
+def mean_work_s() -> float:
+    """GPU-seconds of one request of MIX, on one GPU."""
+    return sum(share * kind.work_s for share, kind in zip(MIX, KINDS, strict=True))
+
+
+def requests(
+    arrivals: Iterator[float],
+    rng: random.Random,
+    *,
+    plans: Mapping[Plan, float] | None = None,
+    num_accounts: int = 500,
+) -> Iterator[Asked]:
+    """One request of MIX at each arrival. plans: their shares, by default everyone's is the basic
+    one. Accounts by Zipf's law, exponent 0.8, as in GenTD26.
+    """
+    kinds = list(itertools.accumulate(MIX))
+    zipf = list(itertools.accumulate((n + 1) ** -0.8 for n in range(num_accounts)))
+    chosen = plans or {Plan.BASIC: 1.0}
+    names, shares = list(chosen), list(itertools.accumulate(chosen.values()))
+    for arrived_s in arrivals:
+        yield Asked(
+            arrived_s,
+            KINDS[_drawn(rng, kinds)],
+            names[_drawn(rng, shares)],
+            _drawn(rng, zipf),
+        )
+
+
+def _drawn(rng: random.Random, accumulated: Sequence[float]) -> int:
+    """A number, as likely as its share."""
+    return bisect.bisect(accumulated, rng.random() * accumulated[-1], hi=len(accumulated) - 1)
+
+
+def poisson(rng: random.Random, per_s: float) -> Iterator[float]:
+    """Moments of a Poisson process, without end."""
+    now_s = 0.0
+    while True:
+        now_s += rng.expovariate(per_s)
+        yield now_s
+
+
+def bursts(
+    rng: random.Random,
+    per_s: float,
+    *,
+    factor: float = 4.0,
+    share: float = 0.15,
+    mean_s: float = 180.0,
+) -> Iterator[float]:
+    """A Poisson process that is `factor` times as quick for `share` of the time, in bursts of
+    mean_s seconds on average, and per_s a second over all.
+    """
+    calm_per_s = per_s * (1 - factor * share) / (1 - share)
+    rates = {True: factor * per_s, False: calm_per_s}
+    lengths = {True: mean_s, False: mean_s * (1 - share) / share}
+    now_s, burst = 0.0, False
+    until_s = rng.expovariate(1 / lengths[burst])
+    while True:
+        gap_s = rng.expovariate(rates[burst])
+        if now_s + gap_s <= until_s:
+            now_s += gap_s
+            yield now_s
+        else:  # memoryless: the gap is drawn again at the new rate
+            now_s, burst = until_s, not burst
+            until_s = now_s + rng.expovariate(1 / lengths[burst])
