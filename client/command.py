@@ -44,6 +44,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--negative-prompt", metavar="TEXT")
     command.add_argument("--seed", type=int, metavar="N")
     command.add_argument("--scheduler", metavar="NAME")
+    command.add_argument(
+        "--step-cache",
+        type=_step_cache,
+        metavar="T[:BY]",
+        help="skip steps that would change the prediction by less than T (0.05)",
+    )
+    command.add_argument(
+        "--cfg-skip",
+        type=float,
+        dest="cfg_skip_ratio",
+        metavar="R",
+        help="no negative prompt in that share of the steps, the last ones",
+    )
+    command.add_argument(
+        "--free-noise",
+        type=_windows,
+        metavar="LENGTH:STRIDE",
+        help="more frames than animatediff makes at once, in windows (16:4)",
+    )
     command.add_argument("--motion-bucket", type=int, dest="motion_bucket_id", metavar="N")
     command.add_argument(
         "--lora", type=_lora, action="append", dest="loras", metavar="NAME[=WEIGHT]"
@@ -68,6 +87,16 @@ def _parser() -> argparse.ArgumentParser:
 def _lora(text: str) -> dict[str, Any]:
     name, _, weight = text.partition("=")
     return {"name": name, "weight": float(weight)} if weight else {"name": name}
+
+
+def _step_cache(text: str) -> dict[str, Any]:
+    threshold, _, by = text.partition(":")
+    return {"threshold": float(threshold), **({"by": by} if by else {})}
+
+
+def _windows(text: str) -> dict[str, Any]:
+    length, _, stride = text.partition(":")
+    return {"context_length": int(length), **({"context_stride": int(stride)} if stride else {})}
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -2,14 +2,15 @@
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import Connection, Engine, String, bindparam
 from sqlalchemy.exc import IntegrityError
 
-from autoscaling.tiers import ServedOn, choose_tier
+from autoscaling.room import Room, TierRoom
+from autoscaling.tiers import GpuTier, ServedOn, choose_tier
 from credits.accounts import Account, AccountDisabled
 from credits.ledger import (
     Hold,
@@ -19,7 +20,7 @@ from credits.ledger import (
     reserve,
     reserve_with,
 )
-from credits.plans import PlanTable, StorageFull, TooManyJobs, check_may_derive, check_plan
+from credits.plans import Plan, PlanTable, StorageFull, TooManyJobs, check_may_derive, check_plan
 from credits.pricing import PriceTable, Quote, quote
 from deployments.database import lock_statement, lock_until_commit, reader, writer_at_once
 from deployments.idempotency import Attempt
@@ -40,11 +41,22 @@ REFUSALS = (IntegrityError, AccountDisabled, StorageFull, TooManyJobs, Insuffici
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A deployed model, the tiers that serve it, and why, if its manifest's licence forbids it."""
+    """A deployed model, the tiers that serve it, why, if its manifest's licence forbids it, and the
+    memory that these tiers have.
+    """
 
     model: Model
     served_on: tuple[ServedOn, ...]
     licence_override: str | None = None
+    room: Mapping[GpuTier, TierRoom] = field(default_factory=dict)
+
+    def choose_tier(self, plan: Plan, request: VideoRequest) -> GpuTier:
+        """The first that takes it; PlanForbids, InvalidRequest."""
+        room = Room(self.model, self.room)
+        takers = [served for served in self.served_on if room.fits(request, served)]
+        if not takers:
+            raise room.refuse(request, self.served_on)
+        return choose_tier(tuple(takers), plan, request)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +99,7 @@ class Admission:
         offer = self.offer(request.model)
         limits = self.plans.limits[account.plan]
         check_plan(account.plan, limits, request, offer.model.spec.frame_stride)
-        return choose_tier(offer.served_on, account.plan, request)
+        return offer.choose_tier(account.plan, request)
 
     def find_model(self, model_id: str) -> Model | None:
         """The model of that name, if it is still deployed."""

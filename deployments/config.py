@@ -5,9 +5,9 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from autoscaling.step_scheduler import StepSchedulerConfig
 from autoscaling.tiers import GpuTier, ServedOn
@@ -17,8 +17,10 @@ from credits.pricing import PriceTable, WorkWeights
 from credits.rates import RequestRate
 from deployments.url_guard import UrlGuardConfig
 from deployments.webhooks import WebhookConfig
+from models.compute import Attention, Dtype
 from models.licence import OperationConfig
 from models.request import ControlKind
+from models.source import HubSource, parse_source
 from models.start_image import ImageLimits
 
 
@@ -29,24 +31,42 @@ class LocalConfig(BaseModel, frozen=True, extra="forbid"):
     directory: Path | None = None
 
 
+def _check_source(path: str) -> str:
+    source = parse_source(path)
+    if isinstance(source, HubSource) and not source.is_pinned:
+        raise ValueError(
+            f"{path}: name the commit, so that every machine has the same; "
+            f"`mutoscope models pin {path}` tells the newest"
+        )
+    return path
+
+
+# Relative to the project's root or absolute; or s3://bucket/key or hf://owner/name@commit[/path],
+# which every machine that needs it brings into its model_cache.
+CheckpointPath = Annotated[str, Field(min_length=1), AfterValidator(_check_source)]
+
+
 class ModelConfig(BaseModel, frozen=True, extra="forbid"):
-    """A checkpoint folder, relative to the project's root or absolute, and who serves it.
+    """A checkpoint's folder, and who serves it.
 
     id is its name in the API, by default its family's. licence_override: why it may be offered
     although the licence in its manifest does not allow it; shown by the API.
     """
 
-    path: Path
+    path: CheckpointPath
     id: str | None = None
     licence_override: str | None = Field(None, min_length=1)
     served_on: tuple[ServedOn, ...] = Field(min_length=1)
 
 
 class LoraConfig(BaseModel, frozen=True, extra="forbid"):
-    """A LoRA's safetensors file, and its name in requests; it goes to every model that it fits."""
+    """A LoRA's safetensors file, and its name in requests; it goes to every model of the kind that
+    it was made for, or to those of them that are named.
+    """
 
-    path: Path
+    path: CheckpointPath
     id: str = Field(min_length=1, max_length=128)
+    models: tuple[str, ...] | None = Field(None, min_length=1)
 
 
 class ControlConfig(BaseModel, frozen=True, extra="forbid"):
@@ -54,14 +74,18 @@ class ControlConfig(BaseModel, frozen=True, extra="forbid"):
     do not tell; it goes to every model that it fits.
     """
 
-    path: Path
+    path: CheckpointPath
     id: str = Field(min_length=1, max_length=128)
     kinds: tuple[ControlKind, ...] = Field(min_length=1)
 
 
 class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
-    """cache_bytes: what encoded texts and images may take in each text encoder; 0: none is kept."""
+    """cache_bytes: what encoded texts and images may take in each text encoder; 0: none is kept.
 
+    dtype: what texts and images are encoded in; None: the best that its device has.
+    """
+
+    dtype: Dtype | None = None
     cache_bytes: int = Field(256 << 20, ge=0)
 
 
@@ -101,11 +125,25 @@ class DenoiserConfig(BaseModel, frozen=True, extra="forbid"):
 
 class DecoderConfig(BaseModel, frozen=True, extra="forbid"):
     """Frames of more than tile_above_area pixels are decoded in tiles, by any free decoders of the
-    tier, if the model's VAE is one that can; None: never. tile_attempts: how often one may be lost.
+    tier, if the model's VAE is one that can; None: those that do not fit into the tier's `gpu` at
+    once, and where that is not told none. chunks_at_once: how many decoders may
+    share the frames of one that decodes a run of them at a time. tile_attempts: how often one tile
+    or run may be lost.
     """
 
     tile_above_area: int | None = Field(None, ge=1)
+    chunks_at_once: int = Field(1, ge=1)
     tile_attempts: int = Field(4, ge=1)
+
+
+class GpuConfig(BaseModel, frozen=True, extra="forbid"):
+    """One of the GPUs of a tier, and how many of them a denoiser's ranks have (the bundles of its
+    placement group but the first). decoder_beside: whether a decoder is on one of them, too.
+    """
+
+    memory_bytes: int = Field(ge=1 << 20)
+    count: int = Field(1, ge=1)
+    decoder_beside: bool = True
 
 
 class TierConfig(BaseModel, frozen=True, extra="forbid"):
@@ -114,7 +152,9 @@ class TierConfig(BaseModel, frozen=True, extra="forbid"):
     jobs_at_once: how many of the tier's jobs a pipeline replica drives at a time: as many as its
     denoisers hold (max_ongoing_requests), running and parked. express_at_once: how many more, of
     the plans that overtake (`denoiser.urgency.express_priority`), when all of those are taken.
-    torch_threads: per process, CPU only.
+    torch_threads: per process, CPU only. dtype: what its denoisers and decoders compute in,
+    attention: with what its denoisers do; None: the best that their GPU has. gpu: what admission
+    goes by; None: whatever is asked for is tried.
     larger: the tier that takes a job whose steps do not fit into this one's memory; None: it fails.
     """
 
@@ -122,6 +162,9 @@ class TierConfig(BaseModel, frozen=True, extra="forbid"):
     jobs_at_once: int = Field(2, ge=1)
     express_at_once: int = Field(1, ge=0)
     torch_threads: int | None = Field(None, ge=1)
+    dtype: Dtype | None = None
+    attention: Attention | None = None
+    gpu: GpuConfig | None = None
     larger: GpuTier | None = None
     denoiser: DenoiserConfig = DenoiserConfig()
     decoder: DecoderConfig = DecoderConfig()
@@ -172,6 +215,7 @@ class AppConfig(BaseModel, frozen=True, extra="forbid"):
     models: list[ModelConfig] = Field(min_length=1)
     loras: list[LoraConfig] = []
     controls: list[ControlConfig] = []
+    model_cache: Path | None = None
     operation: OperationConfig = OperationConfig()
     tiers: list[TierConfig] = Field(min_length=1)
     encoder: EncoderConfig = EncoderConfig()
@@ -192,6 +236,9 @@ class AppConfig(BaseModel, frozen=True, extra="forbid"):
             for served in model.served_on:
                 if served.tier not in named:
                     raise ValueError(f"{model.path}: no tier {served.tier!r} is configured")
+            tiers = [served.tier for served in model.served_on]
+            if len(set(tiers)) < len(tiers):
+                raise ValueError(f"{model.path}: served_on names a tier twice")
         return self
 
     @model_validator(mode="after")
@@ -232,6 +279,7 @@ class Settings:
     home: Path
     database_url: str
     storage: Path
+    model_cache: Path
 
 
 def read_settings(config: AppConfig) -> Settings:
@@ -244,7 +292,7 @@ def read_settings(config: AppConfig) -> Settings:
     for name in ("MUTOSCOPE_PEPPER", "MUTOSCOPE_ADMIN_KEY"):
         _check_shared(url, name)
     storage = config.storage.directory or home / "storage"
-    return Settings(home, url, storage)
+    return Settings(home, url, storage, config.model_cache or home / "models")
 
 
 def read_pepper(home: Path, database_url: str) -> bytes:

@@ -1,6 +1,7 @@
 """The stage that turns noise into latents, one step at a time, on a group of ranks."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 from ray.util import get_current_placement_group
@@ -11,9 +12,12 @@ from deployments.messages import Denoised, DenoiseWork
 from deployments.rank_group import RankGroup
 from deployments.resident_models import ResidentModels
 from deployments.step_loop import StepLoop
+from deployments.tier_room import rooms_of
 from media.object_store import ObjectStore
 from models.catalog import Model
 from models.conditioning import Conditioning
+from models.fetch import fetch_parts
+from models.request import VideoRequest
 
 
 class Denoiser:
@@ -32,7 +36,20 @@ class Denoiser:
         config = tier.denoiser
         group = RankGroup(tier.tier, placement_group, tier.torch_threads, config.form_timeout_s)
         self.jobs: list[str] = []
-        self.loop = StepLoop(group, Checkpoints(store, models), config)
+        if tier.gpu is not None and tier.gpu.count != group.size:
+            raise ValueError(
+                f"tiers[].gpu.count is {tier.gpu.count} for {tier.tier}, whose placement group has "
+                f"{group.size} ranks"
+            )
+        by_id, rooms = {model.id: model for model in models}, rooms_of(tier, models)
+
+        def degrees_for(request: VideoRequest) -> Collection[int] | None:
+            room = rooms.get(request.model)
+            return None if room is None else room.degrees_for(by_id[request.model], request)
+
+        for model in models:  # what they take of memory is read from their files
+            await asyncio.to_thread(fetch_parts, model)
+        self.loop = StepLoop(group, Checkpoints(store, models), config, degrees_for)
         await self.loop.start()
         self.models = ResidentModels(self.loop, models, config.model_memory_bytes)
         self.load_model = self.models.load  # where Serve looks for what is multiplexed

@@ -28,12 +28,14 @@ from media.encode import MediaEncodingFailed
 from media.object_store import ObjectNotFound
 from models.catalog import ModelNotFound
 from models.checkpoint import CheckpointUnusable
+from models.compute import ComputeUnavailable, FirstBlockOnly
 from models.control import ControlDoesNotFit
 from models.licence import LicenceForbids
 from models.lora import LoraDoesNotFit
 from models.memory import OutOfMemory
 from models.probe import NotRecognised
 from models.request import InvalidRequest, NotSupported
+from models.source import SourceUnavailable
 from models.spec import WeightsDamaged, WeightsMissing
 
 
@@ -118,10 +120,13 @@ ANSWERS: dict[type[Exception], Answer] = {
     RequestQuarantined: STAGE_FAILED,
     VideoFailed: STAGE_FAILED,
     MediaEncodingFailed: STAGE_FAILED,
+    ComputeUnavailable: STAGE_FAILED,
+    FirstBlockOnly: INTERNAL,
     LicenceForbids: STAGE_FAILED,
     ControlDoesNotFit: STAGE_FAILED,
     LoraDoesNotFit: STAGE_FAILED,
     NotRecognised: STAGE_FAILED,
+    SourceUnavailable: STAGE_FAILED,
     WeightsDamaged: STAGE_FAILED,
     WeightsMissing: STAGE_FAILED,
 }

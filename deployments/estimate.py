@@ -8,7 +8,7 @@ from credits.pricing import Quote, quote
 from deployments.admission import Admission
 from deployments.config import LimitsConfig
 from deployments.request_body import CreateBody
-from models.families import PUBLISHED
+from models.families import FIELDS_OF_FAMILIES, MAX_FREE_NOISE_FRAMES, PUBLISHED
 from models.request import InvalidRequest, ModelFamily
 
 
@@ -84,8 +84,10 @@ def _of_published(admission: Admission, body: CreateBody, family: ModelFamily) -
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidRequest(str(first["loc"][0]), f"{first['loc'][0]}: {first['msg']}") from None
-    if asked.num_frames > published.max_frames:
-        message = f"{family} makes at most {published.max_frames} frames"
+    in_windows = "free_noise" in body.fields and family in FIELDS_OF_FAMILIES["free_noise"]
+    most = MAX_FREE_NOISE_FRAMES if in_windows else published.max_frames
+    if asked.num_frames > most:
+        message = f"{family} makes at most {most} frames"
         raise InvalidRequest("num_frames", message)
     stride, multiple = published.frame_stride, published.size_multiple
     price = quote(

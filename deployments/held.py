@@ -5,7 +5,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from autoscaling.step_scheduler import Block
+from autoscaling.rank_blocks import Block
 from autoscaling.urgency import Urgency
 from deployments.checkpoints import Unsaved
 from deployments.messages import Denoised, DenoiseWork
@@ -17,19 +17,28 @@ if TYPE_CHECKING:
     import ray
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """What a step costs, and how each number of ranks shares it best."""
+
+    shape: StepShape
+    plans: dict[int, ParallelPlan]
+
+
 @dataclass(eq=False, slots=True)
 class Held:
     """A request that is here, running or parked. A job may be here twice while its lease moves.
 
     state is what state_ref refers to. Having read it keeps a copy on this node: a rank's node that
-    dies takes no state with it.
+    dies takes no state with it. way, of_one_text: of steps with all texts, and with the positive
+    one alone.
     """
 
     id: str
     work: DenoiseWork
     conditioning: "ray.ObjectRef[Any]"
-    shape: StepShape
-    plans: dict[int, ParallelPlan]
+    way: Way
+    of_one_text: Way
     urgency: Urgency
     arrived_s: float
     state: ParkedState
@@ -56,6 +65,12 @@ class Held:
         return self.steps_left > 0 and not self.failed
 
     @property
+    def next_way(self) -> Way:
+        """The next step's."""
+        skips = self.work.request.skips_guidance(self.state.step)
+        return self.of_one_text if skips else self.way
+
+    @property
     def part(self) -> Part:
         """What its next step begins from."""
         return Part(self.work.request, self.conditioning, self.state_ref)
@@ -63,7 +78,8 @@ class Held:
     def moment(self, latents: "ray.ObjectRef[Any] | None" = None) -> Denoised:
         """Where it stands."""
         step, num_steps = self.state.step, self.state.num_steps
-        return Denoised(step, num_steps, step - self.first_step, latents)
+        made = step - self.first_step
+        return Denoised(step, num_steps, made, self.state.skipped, latents)
 
     def fail(self, error: Exception) -> None:
         """Tell whoever waits for the request, and make no further step of it."""

@@ -5,12 +5,13 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from autoscaling.room import TierRoom
 from autoscaling.tiers import GpuTier
 from deployments.config import TierConfig
 from deployments.decoding import DecoderPool
@@ -37,6 +38,7 @@ class MediaEncoder:
         decoders: dict[str, DeploymentHandle[Any]],
         models: list[Model],
         tiers: list[TierConfig],
+        rooms: Mapping[GpuTier, Mapping[str, TierRoom]],
     ) -> None:
         self.store = store
         self.scratch = scratch
@@ -46,7 +48,8 @@ class MediaEncoder:
                 if time.time() - left.stat().st_mtime > SCRATCH_S:
                     shutil.rmtree(left, ignore_errors=True)
         self.decoders = {
-            tier.tier: DecoderPool(decoders[tier.tier], models, tier.decoder) for tier in tiers
+            tier.tier: DecoderPool(decoders[tier.tier], models, tier.decoder, rooms[tier.tier])
+            for tier in tiers
         }
 
     async def encode_media(

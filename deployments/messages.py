@@ -39,13 +39,14 @@ class DenoiseWork:
 class Denoised:
     """One denoise step done; num_made counts those that were made since the job's first.
 
-    A changed video begins later than at step 0. The last carries a reference to the latents,
-    float32 [1, C, F, H, W].
+    skipped: passes of the model that these made do without. A changed video begins later than at
+    step 0. The last carries a reference to the latents, float32 [1, C, F, H, W].
     """
 
     step: int
     num_steps: int
     num_made: int
+    skipped: int
     latents: "ObjectRef[Any] | None"
 
 

@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from media.renditions import MEDIA_TYPES
-from models.request import ControlKind, Scheduler
+from models.request import CacheBy, ControlKind, Scheduler
 
 STRING, NUMBER, INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
 FILE = {"type": "string", "format": "binary"}
@@ -85,6 +85,23 @@ SETTINGS: dict[str, Any] = {
         "type": "object",
         "properties": {"strength": NUMBER, "percent": NUMBER, "per_frame": {"type": "boolean"}},
     },
+    "step_cache": {
+        "type": "object",
+        "required": ["threshold"],
+        "properties": {
+            "by": {"type": "string", "enum": list(CacheBy)},
+            "threshold": {**NUMBER, "exclusiveMinimum": 0, "maximum": 1},
+            "warm_up": {**INTEGER, "minimum": 1, "maximum": 200},
+        },
+    },
+    "free_noise": {
+        "type": "object",
+        "properties": {
+            name: {**INTEGER, "minimum": least, "maximum": 128}
+            for name, least in (("context_length", 2), ("context_stride", 1))
+        },
+    },
+    "cfg_skip_ratio": {**NUMBER, "minimum": 0, "maximum": 1},
     "scheduler": {"type": "string", "enum": list(Scheduler)},
     "seed": INTEGER,
     "tags": {"type": "array", "items": STRING},

@@ -290,6 +290,7 @@ class VideoPipeline:
             result={
                 "stage_seconds": {name: round(s, 3) for name, s in seconds.items()},
                 "warnings": made.warnings,
+                "skipped_passes": done.skipped,
             },
         )
 
@@ -316,7 +317,7 @@ class VideoPipeline:
         steps = handle.remote(work, encoded.conditioning)
         async with _cancelled_on_exit(steps):
             async for denoised in steps:
-                done.reach(denoise=denoised.num_made)
+                done.reach(denoise=denoised.num_made, skipped=denoised.skipped)
                 await self._record(
                     job,
                     Phase.DENOISE,
@@ -345,8 +346,9 @@ class VideoPipeline:
         raise RuntimeError("the media encoder ended without publishing")
 
     async def _record(self, job: Job, phase: Phase, done: WorkDone, **counts: int) -> None:
-        share = done.share(VideoRequest.model_validate(job.request), self.weights)
-        progress = Progress(phase, min(int(100 * share), 99), **counts)
+        share = done.came(VideoRequest.model_validate(job.request), self.weights)
+        percentage = min(int(100 * share), 99)
+        progress = Progress(phase, percentage, skipped=done.skipped, **counts)
         await self._while_held(functools.partial(self._record_now, job.id, progress))
 
     async def _while_held(self, act: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import ray
 
+from deployments.worker_log import log_choices
 from models.catalog import Model
 from models.conditioning import Conditioning
 from models.memory import within_memory
@@ -48,6 +49,7 @@ class Rank:
 
         from models.stages import load_denoiser
 
+        log_choices()
         if torch_threads is not None:
             torch.set_num_threads(torch_threads)
         self.denoisers = {model.id: load_denoiser(model) for model in models}

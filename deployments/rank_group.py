@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from autoscaling.step_scheduler import Block
+from autoscaling.rank_blocks import Block
 from deployments.rank import Rank, Seat
 from models.catalog import Model
 from models.memory import OutOfMemory
@@ -53,9 +53,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A request before its first step: what a step costs, whom it may share one with, its state."""
+    """A request before its first step: what a step costs, and one of a single text, whom it may
+    share one with, its state.
+    """
 
     shape: StepShape
+    of_one_text: StepShape
     batch: Hashable | None
     state: ParkedState
 
@@ -205,6 +208,7 @@ class RankGroup:
         """What there is to know before a request's first step; GroupBroken."""
         first = self.ranks[:1]
         asked = [rank.shape.remote(request, num_texts) for rank in first]
+        asked += [rank.shape.remote(request, 1) for rank in first]
         asked += [rank.batch.remote(request) for rank in first]
         asked += [rank.start.remote(request, conditioning) for rank in first]
         return Begun(*await self._answers(ANSWER_S, *asked))

@@ -10,7 +10,7 @@ REMIXED = (
     "prompt", "negative_prompt", "num_frames", "width", "height", "fps", "f_patch_size",
     "num_steps", "guidance_scale", "flow_shift", "motion_strength", "seed", "min_guidance_scale",
     "motion_bucket_id", "noise_aug_strength", "true_cfg_scale", "scheduler",
-    "loras", "regions", "seed_variance",
+    "loras", "regions", "seed_variance", "free_noise",
 )  # fmt: skip
 # Fields that say again, all or in part, what another one has said.
 REPLACED = {

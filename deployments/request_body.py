@@ -88,7 +88,7 @@ async def read_create_body(request: Request, *, derived: bool = False) -> Create
     for name in () if derived else ("video", "strength", "denoising_start", "mask"):
         if name in fields:
             raise InvalidRequest(name, f"{name} is a field of /v1/videos/edits and /extensions")
-    for name in ("regions", "prompt_schedule", "seed_variance"):
+    for name in ("regions", "prompt_schedule", "seed_variance", "step_cache", "free_noise"):
         if name in fields:
             fields[name] = parse_json(name, fields[name])
     control_reference = _read_control(fields)

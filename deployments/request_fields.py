@@ -23,7 +23,8 @@ FIELDS = frozenset(
         "min_guidance_scale", "motion_bucket_id", "noise_aug_strength", "true_cfg_scale",
         "scheduler", "loras", "seed", "input_reference", "crop", "tags", "user", "strength",
         "video", "control", "control_reference", "regions", "region_masks", "prompt_schedule",
-        "seed_variance", "denoising_start", "denoising_end", "mask",
+        "seed_variance", "denoising_start", "denoising_end", "mask", "step_cache", "cfg_skip_ratio",
+        "free_noise",
     }
 )  # fmt: skip
 # What peers take and nothing here does: refused by name, rather than dropped, as they do.

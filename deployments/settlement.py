@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -24,12 +24,16 @@ from models.request import VideoRequest, read_stored, stored_inputs
 
 @dataclass(slots=True)
 class WorkDone:
-    """How far each stage of a job ever came; a pass run again after a fault counts once."""
+    """How far each stage of a job ever came; a pass run again after a fault counts once.
+
+    skipped: passes of the model that the denoise steps made do without.
+    """
 
     text: int = 0
     denoise: int = 0
     decode: int = 0
     media: int = 0
+    skipped: int = 0
 
     def reach(self, **passes: int) -> None:
         """Note that a stage came this far."""
@@ -47,13 +51,19 @@ class WorkDone:
         steps = [step for phase, step in phases if phase is Phase.DENOISE]
         if made := [step for step in steps if step > 0]:
             self.reach(denoise=max(made) - min(made) + 1)
+        self.reach(skipped=max((event.progress.skipped for event in events), default=0))
         self.reach(decode=max((event.progress.frame for event in events), default=0))
 
     def share(self, request: VideoRequest, weights: WorkWeights) -> Fraction:
         """Weighted work done over the work that the request takes, 0..1."""
-        planned = Passes(text=1, denoise=request.num_steps, decode=request.num_frames, media=1)
-        reached = Passes(self.text, self.denoise, self.decode, self.media)
-        return share_done(weights, planned, reached)
+        per_step = request.passes_per_step
+        planned = Passes(1, request.num_steps * per_step, request.num_frames, 1)
+        passes = max(0, self.denoise * per_step - self.skipped)
+        return share_done(weights, planned, Passes(self.text, passes, self.decode, self.media))
+
+    def came(self, request: VideoRequest, weights: WorkWeights) -> Fraction:
+        """The same, with what was skipped: how far it is from its end."""
+        return replace(self, skipped=0).share(request, weights)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,27 +10,28 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Coroutine
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from typing import Any, TypeVar
 
 import ray
 
-from autoscaling.step_scheduler import Block, Step, Task, next_steps
-from autoscaling.step_times import StepTimes
+from autoscaling.rank_blocks import Block
+from autoscaling.step_scheduler import Step, Task, next_steps
 from autoscaling.urgency import judge
 from deployments.checkpoints import Checkpoints, Unsaved
 from deployments.config import DenoiserConfig
-from deployments.held import Held
+from deployments.held import Held, Way
 from deployments.messages import Denoised, DenoiseWork
-from deployments.rank_group import GroupBroken, Made, RankGroup
+from deployments.rank_group import Begun, GroupBroken, Made, RankGroup
+from deployments.step_clock import StepClock
 from deployments.traffic_counters import TrafficCounters
 from jobs.store import LeaseLost
 from models.catalog import Model
 from models.conditioning import Conditioning
 from models.memory import OutOfMemory
+from models.request import VideoRequest
 from models.tensors import ParkedState
-from parallel.plan import P4D, ParallelPlan, StepShape, Topology, predict_step, quickest_plans
+from parallel.plan import ParallelPlan, quickest_plans
 
 logger = logging.getLogger("ray.serve")
 
@@ -55,11 +56,19 @@ class RequestQuarantined(Exception):
 class StepLoop:
     """Holds the requests, asks the step scheduler at every boundary, and mends the group."""
 
-    def __init__(self, group: RankGroup, checkpoints: Checkpoints, config: DenoiserConfig) -> None:
+    def __init__(
+        self,
+        group: RankGroup,
+        checkpoints: Checkpoints,
+        config: DenoiserConfig,
+        degrees_for: Callable[[VideoRequest], Collection[int] | None],
+    ) -> None:
+        """degrees_for: at how many ranks a request fits into memory, None: at any number."""
         self.group = group
         self.checkpoints = checkpoints
         self.config = config
-        self.times = StepTimes()
+        self.degrees_for = degrees_for
+        self.clock = StepClock(group, config.hang)
         self.traffic = TrafficCounters()
         self.num_taken = self.num_made = 0
         self.finished: deque[ray.ObjectRef[Any]] = deque(maxlen=KEPT_LATENTS)
@@ -70,7 +79,6 @@ class StepLoop:
         self.boundary = asyncio.Event()
         self.acting = asyncio.Lock()
         self.num_between = 0
-        self.warm: set[tuple[str, StepShape, ParallelPlan, Block]] = set()
         self.failure: BaseException | None = None
 
     async def start(self) -> None:
@@ -117,31 +125,27 @@ class StepLoop:
         kept = ray.put(conditioning)
         await self.ready.wait()
         begun = await self._answered(self.group.begin(work.request, conditioning.num_texts, kept))
-        shape, state = begun.shape, begun.state
+        state = begun.state
         first_step = state.step
         saved = await self.checkpoints.find(work.job_id, work.request)
         if saved is not None:
             state = saved.state
             logger.warning("job %s goes on from step %d", work.job_id, state.step)
-        topology, degrees = self._topology(), self.config.degrees
-        by_degree = quickest_plans(shape, self.group.size, topology, degrees)
+        way, of_one_text = self._ways(work.request, begun)
         arrived_s = time.monotonic()
         self.num_taken += 1
         return Held(
             id=f"{work.job_id}/{self.num_taken}",
             work=work,
             conditioning=kept,
-            shape=shape,
-            plans=by_degree,
+            way=way,
+            of_one_text=of_one_text,
             urgency=judge(
                 self.config.urgency,
                 priority=work.priority,
                 admitted_s=arrived_s - work.queued_s,
                 num_steps=state.num_steps - first_step,
-                step_s={
-                    degree: self._expect(work.request.model, shape, plan)
-                    for degree, plan in by_degree.items()
-                },
+                step_s=self.clock.expect(work.request.model, way),
             ),
             arrived_s=arrived_s,
             state=state,
@@ -149,6 +153,25 @@ class StepLoop:
             first_step=first_step,
             batch=None if begun.batch is None else (work.request.model, begun.batch),
         )
+
+    def _ways(self, request: VideoRequest, begun: Begun) -> tuple[Way, Way]:
+        """To share a step with all texts, and one with the positive alone, if there will be any."""
+        size, topology = self.group.size, self.clock.topology
+        plans = quickest_plans(begun.shape, size, topology, self.config.degrees)
+        fitting = self.degrees_for(request)
+        if fitting is not None:
+            within = {degree: plans[degree] for degree in plans if degree in fitting}
+            if not within:  # admitted by another configuration; OutOfMemory tells if it is too much
+                logger.warning(
+                    "%s: a request is tried that fits at none of %s", request.model, plans
+                )
+            plans = within or plans
+        way = Way(begun.shape, plans)
+        if not request.cfg_skip_ratio:
+            return way, way
+        of_one = quickest_plans(begun.of_one_text, size, topology)
+        # where none has the degree, all branches make the one text
+        return way, Way(begun.of_one_text, {d: of_one.get(d, plans[d]) for d in plans})
 
     async def load(self, model: Model) -> None:
         """Have the ranks read a model's weights at a step boundary."""
@@ -186,26 +209,12 @@ class StepLoop:
             self._break(generation, error, [])
             raise
 
-    def _topology(self) -> Topology:
-        """An A100's speeds, which measured steps correct."""
-        return replace(P4D, gpus_per_node=self.group.ranks_per_node)
-
-    def _predict(self, shape: StepShape, plan: ParallelPlan) -> float:
-        return predict_step(shape, plan, self._topology()).step_s
-
-    def _expect(self, model: str, shape: StepShape, plan: ParallelPlan) -> float:
-        predicted_s = self._predict(shape, plan)
-        return self.times.expect(model, shape, plan.degree, predicted_s=predicted_s)
-
     def _dispatch(self) -> None:
         """Begin the steps that the step scheduler wants on the ranks that are idle."""
         if not self.ready.is_set() or self.failure is not None or self.num_between:
             return
-        waiting = [
-            held for held in self.held.values() if held.id not in self.under_way and held.is_open
-        ]
-        tasks = [self._describe(held) for held in waiting]
-        by_id = {held.id: held for held in waiting}
+        by_id = {held.id: held for held in self.held.values() if held.is_open}
+        tasks = (self._describe(held) for held in by_id.values())
         under_way = list({step.task_id: step for step in self.under_way.values()}.values())
         for step in next_steps(
             time.monotonic(), self.group.size, tasks, under_way, self.config.scheduler
@@ -221,11 +230,9 @@ class StepLoop:
             deadline_s=held.urgency.deadline_s,
             # Only waiting makes a request older.
             express_from_s=held.urgency.express_from_s + held.ran_s,
-            steps_left=held.steps_left,
-            step_s={
-                degree: self._expect(held.work.request.model, held.shape, plan)
-                for degree, plan in held.plans.items()
-            },
+            # The scheduler counts with what is left when the step under way has ended.
+            steps_left=held.steps_left - (held.id in self.under_way),
+            step_s=self.clock.expect(held.work.request.model, held.next_way),
             value=held.urgency.value,
             block=held.block,
             batch=held.batch,
@@ -234,13 +241,14 @@ class StepLoop:
     async def _make(self, together: list[Held], step: Step, generation: int) -> None:
         """One step of one request or of several, and what follows from it."""
         first = together[0]
-        plan = first.plans[step.block.size]
+        way = first.next_way
+        model, plan = first.work.request.model, way.plans[step.block.size]
         began_s = time.monotonic()
         parts = [held.part for held in together]
         try:
             if generation != self.group.generation or not self.ready.is_set():
                 return  # it broke before this began
-            limit_s = self._limit_s(first, plan, step.block) * len(together)
+            limit_s = self.clock.limit_s(model, way, step.block) * len(together)
             made = await self.group.step(parts, plan, step.block, limit_s)
         except GroupBroken as error:
             cause = getattr(error.__cause__, "cause", None)
@@ -250,38 +258,29 @@ class StepLoop:
         except OutOfMemory as error:
             _fail_all(together, error)
         else:
-            self._note(together, step, plan, made, time.monotonic() - began_s)
+            self._note(together, way, step.block, made, time.monotonic() - began_s)
         finally:
             for held in together:
                 del self.under_way[held.id]
             self.boundary.set()
             self._dispatch()
 
-    def _limit_s(self, held: Held, plan: ParallelPlan, block: Block) -> float:
-        """After so long the step hangs. New processes, and ranks that meet for the first time, may
-        take longer than steps of their like have taken.
-        """
-        hang = self.config.hang
-        model = held.work.request.model
-        is_cold = (model, held.shape, plan, block) not in self.warm
-        if is_cold or self.times.known(model, held.shape, plan.degree) < hang.known_steps:
-            return hang.first_s
-        expected_s = self._expect(model, held.shape, plan)
-        return max(hang.least_s, hang.factor * expected_s)
-
     def _note(
-        self, together: list[Held], step: Step, plan: ParallelPlan, made: Made, took_s: float
+        self, together: list[Held], way: Way, block: Block, made: Made, took_s: float
     ) -> None:
-        """Remember the time, if it is one request's, and the states; tell whoever waits."""
+        """Remember the time, if it is one request's who made do with nothing earlier, and the
+        states; tell whoever waits.
+        """
         self.traffic.add(made.traffic)
         self.num_made += 1
-        model, shape = together[0].work.request.model, together[0].shape
-        self.warm.add((model, shape, plan, step.block))
-        if len(together) == 1:
-            predicted_s = self._predict(shape, plan)
-            self.times.observe(model, shape, plan.degree, predicted_s=predicted_s, took_s=took_s)
+        request = together[0].work.request
+        skipped = made.states[0].skipped - together[0].state.skipped
+        if skipped < request.passes_per_step:  # the model was asked
+            alone_s = took_s if len(together) == 1 else None
+            self.clock.note(request.model, way, block, alone_s)
+        plan = way.plans[block.size]
         for held, state, reference in zip(together, made.states, made.references, strict=True):
-            held.state, held.state_ref, held.block = state, reference, step.block
+            held.state, held.state_ref, held.block = state, reference, block
             held.ran_s += took_s
             held.unsaved.add(took_s)
             if self._save_is_due(held, took_s):
@@ -319,7 +318,7 @@ class StepLoop:
             held.saved = True
 
     def _begin_generation(self) -> None:
-        self.warm.clear()
+        self.clock.begin_generation()
         self.ready.set()
         self._spawn(self._watch(self.group.generation))
         self._dispatch()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from deployments.config import EncoderConfig
 from deployments.messages import Encoded
+from deployments.worker_log import log_choices
 from media.decode import read_all_frames, read_shape
 from media.edges import find_edges
 from media.object_store import ObjectStore
@@ -41,6 +42,7 @@ class TextEncoder:
 
         from models.stages import load_encoder
 
+        log_choices()
         if torch_threads is not None:
             torch.set_num_threads(torch_threads)
         self.models = {model.id: model for model in models}

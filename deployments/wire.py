@@ -64,7 +64,7 @@ def video_json(job: Job, model: Model | None) -> dict[str, Any]:
             | {"num_steps", "guidance_scale", "flow_shift", "motion_strength", "strength"}
             | {"min_guidance_scale", "motion_bucket_id", "noise_aug_strength", "true_cfg_scale"}
             | {"scheduler", "loras", "control", "regions", "seed_variance"}
-            | {"denoising_start", "denoising_end"}
+            | {"denoising_start", "denoising_end", "step_cache", "cfg_skip_ratio", "free_noise"}
             | {"seed", "tags", "user"},
             warnings=False,  # of what a newer version may have written
         ),
@@ -77,8 +77,16 @@ def video_json(job: Job, model: Model | None) -> dict[str, Any]:
         "stage_seconds": result.get("stage_seconds", {}),
         "warnings": [*request_warnings(request), *result.get("warnings", [])],
         "size_bytes": job.size_bytes,
+        "passes": {
+            "planned": request.planned_passes,
+            "skipped": result.get("skipped_passes"),
+        },
     }
-    return video if model is None else {**video, "generated": generated_json(model, request)}
+    if model is None:
+        return video
+    generated, measured = generated_json(model, request), model.manifest.measured_skipping(request)
+    quality = None if measured is None else measured.model_dump(include={"psnr_db", "min_psnr_db"})
+    return {**video, "generated": generated, "skipping_measured": quality}
 
 
 def request_warnings(request: VideoRequest) -> list[str]:
@@ -125,6 +133,7 @@ def event_json(event: JobEvent, job: Job) -> dict[str, Any]:
         "num_steps": progress.num_steps,
         "frame": progress.frame,
         "num_frames": progress.num_frames,
+        "skipped_passes": progress.skipped,
         "eta_s": eta_s,
         "created_at_ms": event.created_at_ms,
     }
@@ -170,6 +179,7 @@ def model_json(offer: Offer, plans: PlanTable) -> dict[str, Any]:
         "frames": {
             "min": manifest.min_frames,
             "max": model.max_frames,
+            "max_with_free_noise": model.most_frames_windowed,
             "stride": spec.frame_stride,
         },
         "max_side": manifest.max_side,

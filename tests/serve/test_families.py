@@ -118,6 +118,19 @@ def test_videos_are_changed_and_extended_by_the_families_that_can(
     assert distance(found["extended"][:6], found["first"]) < 4  # encoded once more
 
 
+def test_a_long_video_is_made_in_windows(cluster: Cluster, tmp_path: Path) -> None:
+    fields = {"model": "animatediff", "prompt": PROMPT, "num_frames": 40, "size": "64x48"}
+    refused = cluster.client.http.post("/v1/videos", json=fields)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "num_frames"
+    windows = {"context_length": 16, "context_stride": 8}
+    created = cluster.client.create({**fields, "free_noise": windows})
+    video = finish(cluster.client, created["id"])
+    assert (video["status"], video["free_noise"]) == ("completed", windows)
+    cluster.client.download(created["id"], tmp_path / "video.mp4")
+    assert read_mp4(tmp_path / "video.mp4").shape == (40, 48, 64, 3)
+
+
 def finish(client: Client, video_id: str) -> dict[str, Any]:
     video: dict[str, Any] = until(client, video_id, lambda event: "video" in event.data)["video"]
     return video

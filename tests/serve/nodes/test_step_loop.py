@@ -157,7 +157,7 @@ def test_a_group_that_cannot_form_again_says_why_when_its_health_is_asked(
     bundles = placement_group([{"CPU": 0.01}, {"CPU": 0.02}, {"CPU": 0.02}])
     ray.get(bundles.ready())
     group = RankGroup("doomed", bundles, 1, form_timeout_s=60.0)
-    loop = StepLoop(group, Checkpoints(store, [model]), DenoiserConfig())
+    loop = StepLoop(group, Checkpoints(store, [model]), DenoiserConfig(), lambda _: None)
 
     async def lose_the_bundles() -> None:
         await loop.start()
