@@ -54,17 +54,29 @@ class Cost:
     by_process: Mapping[str, float] = field(default_factory=dict)
 
 
-def cpu_s_by_process(root: psutil.Process) -> dict[str, float]:
+def cpu_s_by_process(root: psutil.Process) -> dict[psutil.Process, float]:
     """User + system seconds of a process and its descendants, those that ended included."""
-    found: dict[str, float] = defaultdict(float)
+    found = {}
     for process in [root, *root.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
-            title = next(iter(process.cmdline()), process.name()).rsplit(":", 1)[-1]
-            found[Path(title).name] += (
-                times.user + times.system + times.children_user + times.children_system
-            )
+            ended = times.children_user + times.children_system
+            found[process] = times.user + times.system + ended
     return found
+
+
+def spent_by_name(
+    before: Mapping[psutil.Process, float], after: Mapping[psutil.Process, float]
+) -> dict[str, float]:
+    """Between two readings, by what the processes are. An actor's title tells what it does now."""
+    spent: dict[str, float] = defaultdict(float)
+    for process, seconds in after.items():
+        name = "ended since"
+        with contextlib.suppress(psutil.NoSuchProcess):
+            title = next(iter(process.cmdline()), process.name()).rsplit(":", 1)[-1]
+            name = Path(title).name.split(".", 1)[0]
+        spent[name] += seconds - before.get(process, 0.0)
+    return spent
 
 
 class PlainProcess:
@@ -109,14 +121,23 @@ def stopped(root: psutil.Process) -> Iterator[None]:
             process.resume()
 
 
-def write_config(folder: Path, large: Path) -> Path:
-    """The shipped configuration with one model more and as many threads as the plain process."""
+def write_config(folder: Path, large: Path, num_ranks: int) -> Path:
+    """The shipped configuration with one model more and as many threads as the plain process.
+
+    Several ranks have a thread each, and each makes its own request's steps.
+    """
     config = shipped_config()
     arguments = config["applications"][0]["args"]
     arguments["models"].append(
         {"path": str(large), "id": "large", "served_on": [{"tier": "local"}]}
     )
-    arguments["tiers"][0]["torch_threads"] = NUM_THREADS
+    arguments["tiers"][0]["torch_threads"] = NUM_THREADS // num_ranks
+    if num_ranks > 1:
+        arguments["tiers"][0]["denoiser"] = {"degrees": [1]}
+        for deployment in config["applications"][0]["deployments"]:
+            if "placement_group_bundles" in deployment:
+                ranks = [{"CPU": 1 / num_ranks}] * num_ranks
+                deployment["placement_group_bundles"] = [{"CPU": 0.1}, *ranks]
     arguments["encoder"] = {"cache_bytes": 0}  # the plain process encodes every prompt anew
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -144,18 +165,20 @@ def run_cluster(cluster: psutil.Process, client: Client, fields: dict[str, Any])
     before, wall_s = cpu_s_by_process(cluster), time.monotonic()
     make_video(client, fields)
     wall_s = time.monotonic() - wall_s
-    after = cpu_s_by_process(cluster)
-    spent = {name: seconds - before.get(name, 0.0) for name, seconds in after.items()}
+    spent = spent_by_name(before, cpu_s_by_process(cluster))
     return Cost(sum(spent.values()), wall_s, spent)
 
 
-def run_queue(client: Client, fields: dict[str, Any], num_jobs: int) -> float:
-    """Videos a second with all jobs queued at once."""
-    started_s = time.monotonic()
+def run_queue(
+    cluster: psutil.Process, client: Client, fields: dict[str, Any], num_jobs: int
+) -> Cost:
+    """All jobs queued at once, for all of them."""
+    before, started_s = cpu_s_by_process(cluster), time.monotonic()
     videos = [client.create(fields)["id"] for _ in range(num_jobs)]
     for video_id in videos:
         finish_video(client, video_id)
-    return num_jobs / (time.monotonic() - started_s)
+    wall_s = time.monotonic() - started_s
+    return Cost(sum(spent_by_name(before, cpu_s_by_process(cluster)).values()), wall_s)
 
 
 def raise_concurrency(home: Path, max_jobs: int) -> None:
@@ -169,6 +192,7 @@ def raise_concurrency(home: Path, max_jobs: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cluster_tax", description=__doc__)
     parser.add_argument("--jobs", type=int, default=5, help="videos of each kind, one by one")
+    parser.add_argument("--ranks", type=int, default=2, choices=(1, 2), help="of the denoiser")
     parser.add_argument("--queued", type=int, default=8, help="videos queued at once")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`: stop the cluster
@@ -185,7 +209,7 @@ def main() -> None:
         ):
             plain[name] = PlainProcess(checkpoint, fields)
             ending.callback(plain[name].close)
-        config = write_config(Path(folder), large)
+        config = write_config(Path(folder), large, arguments.ranks)
         running = ending.enter_context(running_cluster(config, home))
         cluster, client = running.process, running.client
         raise_concurrency(home, arguments.queued)
@@ -202,18 +226,17 @@ def main() -> None:
 
         cluster_demo, plain_demo = in_turns("demo", DEMO)
         cluster_large, plain_large = in_turns("large", LARGE)
-        queued_s, plain_queued_s = 0.0, 0.0
+        queued, plain_queued_s = [], 0.0
         for _ in range(2):
-            queued_s += arguments.queued / run_queue(client, LARGE, arguments.queued)
+            queued.append(run_queue(cluster, client, LARGE, arguments.queued))
             for _ in range(3):
                 with stopped(cluster):
                     cost = plain["large"].make_video()
                 plain_large.append(cost)
                 plain_queued_s += cost.wall_s
-        cluster_videos_per_s, plain_videos_per_s = (
-            2 * arguments.queued / queued_s,
-            6 / plain_queued_s,
-        )
+        num_queued = arguments.queued * len(queued)
+        cluster_videos_per_s = num_queued / sum(cost.wall_s for cost in queued)
+        plain_videos_per_s = 6 / plain_queued_s
     rows = {
         "demo prompt, plain process": plain_demo,
         "demo prompt, cluster": cluster_demo,
@@ -232,7 +255,8 @@ def main() -> None:
     for name, seconds in sorted(shares.items(), key=lambda share: -share[1])[:8]:
         print(f"    {name:30}{seconds:8.2f}")
     print(f"large jobs a minute: plain {60 * plain_videos_per_s:.2f}, ", end="")
-    print(f"cluster with {arguments.queued} queued {60 * cluster_videos_per_s:.2f}")
+    print(f"cluster with {arguments.queued} queued {60 * cluster_videos_per_s:.2f}, ", end="")
+    print(f"{sum(cost.cpu_s for cost in queued) / num_queued:.2f} CPU-seconds each")
     result = {
         "cpu_ratio": round(_cpu_s(cluster_large) / _cpu_s(plain_large), 3),
         "throughput_ratio": round(cluster_videos_per_s / plain_videos_per_s, 3),

@@ -176,7 +176,7 @@ def add_pair(config: dict[str, Any], checkpoint: Path, **denoiser: Any) -> None:
             "torch_threads": 1,
             "larger": "local",
             "denoiser": shared,
-            "decoder": {"tile_above_area": 256**2},
+            "decoder": {"tile_above_area": 256**2, "chunks_at_once": 2},
         }
     )
     own = {"ray_actor_options": {"num_cpus": 0.01}}

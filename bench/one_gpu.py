@@ -27,8 +27,9 @@ from diffusers.models.unets.unet_spatio_temporal_condition import (
 )
 from torch import nn
 
+from bench.generator import Generator
 from bench.machine import describe_machine
-from bench.prompt_adherence import Generator
+from models.compute import Compute
 from models.cost import denoise_shape
 from models.denoise import park, resume
 from models.memory import OutOfMemory, within_memory
@@ -153,7 +154,7 @@ def main() -> None:
         parser.error("torch sees no CUDA device")
     print(describe_machine())
     name = torch.cuda.get_device_name(device)
-    print(f"{name}, torch {torch.__version__}, {choose_dtype(device)}")
+    print(f"{name}, torch {torch.__version__}, {choose_dtype(device, Compute())}")
     result: dict[str, Any] = {"device": name, "steps": {}}
     for family in arguments.families:
         result["steps"][family] = time_step(CASES[family](), device)
@@ -163,7 +164,7 @@ def main() -> None:
 
 def time_step(case: Case, device: torch.device) -> dict[str, float]:
     """Median seconds of a step, its share of what the plan supposes, weights and peak in GB."""
-    dtype = choose_dtype(device)
+    dtype = choose_dtype(device, Compute())
     torch.cuda.empty_cache()
     torch.set_default_dtype(dtype)
     try:

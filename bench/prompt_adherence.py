@@ -10,7 +10,6 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,83 +18,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from bench import adherence_modes as modes
+from bench.generator import ATTRIBUTES, Generator, Prompt, make_prompts, share_of, start_frame
 from bench.machine import describe_machine
-from models.catalog import load_model
-from models.denoise import denoise
-from models.stages import Decoder, Denoiser, Encoder, load_decoder, load_denoiser, load_encoder
 from training.attributes import Score, score
-from training.captions import paraphrase
-from training.clips import (
-    BACKGROUNDS,
-    Combination,
-    all_combinations,
-    draw_clip,
-    is_held_out,
-)
 
-ATTRIBUTES = ("colour", "motion", "shape")
 CONTACT_FRAMES = (0, 4, 8, 12)
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A paraphrase, what it asks for, and the seed of its video."""
-
-    text: str
-    combination: Combination
-    background: str
-    seed: int
-
-
-class Generator:
-    """The stages of a model in one process."""
-
-    def __init__(self, folder: Path) -> None:
-        self.model = load_model(folder)
-        self.encoder: Encoder[Any] = load_encoder(self.model)
-        self.denoiser: Denoiser[Any] = load_denoiser(self.model)
-        self.decoder: Decoder = load_decoder(self.model)
-
-    def generate(
-        self, prompt: Prompt, *, f_patch_size: int, start_image: bytes | None = None
-    ) -> NDArray[np.uint8]:
-        """uint8 [F, H, W, 3]."""
-        request = self.model.resolve(
-            {"prompt": prompt.text, "seed": prompt.seed, "f_patch_size": f_patch_size}
-        )
-        conditioning = self.encoder.encode(request, start_image)
-        *_, last = denoise(self.denoiser, request, conditioning)
-        latents = last.latents.cpu().numpy()
-        chunks = [frames.pixels for frames in self.decoder.decode(request, latents)]
-        return np.concatenate(chunks)
-
-
-def make_prompts(held_out: bool, count: int, seed: int) -> list[Prompt]:
-    """Paraphrases that go round all combinations of the split in a fixed random order."""
-    chance = random.Random(f"adherence-{seed}-{held_out}")
-    combinations = [c for c in all_combinations() if is_held_out(c) == held_out]
-    chance.shuffle(combinations)
-    prompts = []
-    for index in range(count):
-        combination = combinations[index % len(combinations)]
-        background = chance.choice(list(BACKGROUNDS))
-        text = paraphrase(combination, background, chance)
-        prompts.append(Prompt(text, combination, background, seed=1000 + index))
-    return prompts
-
-
-def start_frame(prompt: Prompt) -> bytes:
-    """The first frame of a clip of what is asked, as PNG."""
-    clip = draw_clip(prompt.combination, prompt.background, np.random.default_rng(prompt.seed))
-    return png(clip.pixels[0])
-
-
-def png(pixels: NDArray[np.uint8]) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def measure(
@@ -105,14 +33,11 @@ def measure(
     videos, scores = [], []
     for prompt in prompts:
         image = start_frame(prompt) if from_image else None
-        pixels = generator.generate(prompt, f_patch_size=f_patch_size, start_image=image)
+        pixels = generator.make({**prompt.fields, "f_patch_size": f_patch_size}, image).pixels
         wanted = prompt.combination
         videos.append(pixels)
         scores.append(score(pixels, wanted.colour, wanted.shape, wanted.motion))
-    shares = {
-        name: round(sum(getattr(found, name) for found in scores) / len(scores), 4)
-        for name in ATTRIBUTES
-    }
+    shares = {name: share_of(getattr(found, name) for found in scores) for name in ATTRIBUTES}
     return shares, videos, scores
 
 
@@ -137,20 +62,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.prompt_adherence", description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("models/demo"))
     parser.add_argument("--prompts", type=int, default=125, help="a split and temporal patch size")
+    parser.add_argument("--guidance", type=float, help="default: the model's own")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sheet", type=Path, default=Path("out/prompt_adherence.png"))
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     print(describe_machine())
-    generator = Generator(arguments.model)
+    generator = Generator(arguments.model, arguments.guidance)
+    sheets = Sheets(arguments.sheet)
+    started_s = time.monotonic()
     prompts = {
         split: make_prompts(split == "heldout", arguments.prompts, arguments.seed)
         for split in ("heldout", "seen")
     }
-    tables: dict[tuple[str, str], dict[str, float]] = {}
-    started_s = time.monotonic()
     header = "".join(f"{name:>9}" for name in ATTRIBUTES)
-    print(f"{'':24}{header}   ({arguments.prompts} prompts each, right in every frame)")
+    print(f"{'':30}{header}   ({arguments.prompts} prompts each, right in every frame)")
+    result = measure_texts(generator, prompts, sheets)
+    result |= measure_modes(generator, prompts["heldout"], sheets)
+    print(f"contact sheets: {', '.join(sheets.written)}; {time.monotonic() - started_s:.0f} s")
+    print(json.dumps({**result, "prompts": arguments.prompts}))
+
+
+class Sheets:
+    """Where contact sheets are written to, one for each name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.written: list[str] = []
+
+    def write(
+        self, name: str, videos: Sequence[NDArray[np.uint8]], scores: Sequence[Score]
+    ) -> None:
+        """The first 36."""
+        path = self.path.with_name(f"{self.path.stem}{name}{self.path.suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(videos[:36], scores[:36]).save(path)
+        self.written.append(str(path))
+
+
+def measure_texts(
+    generator: Generator, prompts: dict[str, list[Prompt]], sheets: Sheets
+) -> dict[str, Any]:
+    """Words alone, for each split and temporal patch size; and a start image."""
+    tables: dict[tuple[str, str], dict[str, float]] = {}
     for split in ("heldout", "seen"):
         for f_patch_size in generator.model.spec.f_patch_sizes:
             shares, videos, scores = measure(
@@ -159,26 +113,61 @@ def main() -> None:
             tables[split, str(f_patch_size)] = shares
             _print_row(f"{split}, f_patch {f_patch_size}", shares)
             if split == "heldout" and f_patch_size == 1:
-                arguments.sheet.parent.mkdir(parents=True, exist_ok=True)
-                contact_sheet(videos[:36], scores[:36]).save(arguments.sheet)
+                sheets.write("", videos, scores)
                 _print_misses(prompts[split], scores)
     image_to_video, videos, scores = measure(generator, prompts["heldout"], 1, from_image=True)
     _print_row("image-to-video, heldout", image_to_video)
-    sheet = arguments.sheet.with_name(f"{arguments.sheet.stem}_image.png")
-    contact_sheet(videos[:36], scores[:36]).save(sheet)
-    print(f"contact sheets: {arguments.sheet}, {sheet}; {time.monotonic() - started_s:.0f} s")
-    result: dict[str, Any] = {
+    sheets.write("_image", videos, scores)
+    lesser = {
         split: {name: min(tables[split, f][name] for f in ("1", "2")) for name in ATTRIBUTES}
         for split in ("heldout", "seen")
     }
-    result["per_f_patch"] = {f: tables["heldout", f] for f in ("1", "2", "4")}
-    result["image_to_video"] = image_to_video
-    result["prompts"] = arguments.prompts
-    print(json.dumps(result))
+    per_f_patch = {f: tables["heldout", f] for f in ("1", "2", "4")}
+    return {**lesser, "per_f_patch": per_f_patch, "image_to_video": image_to_video}
+
+
+def measure_modes(
+    generator: Generator, prompts: Sequence[Prompt], sheets: Sheets
+) -> dict[str, Any]:
+    """Remix and extension; control and regions as far as the model has what they need, each beside
+    the same without it.
+    """
+    chance = random.Random("adherence-modes")
+    tallies = {
+        "remix": modes.remix(generator, prompts, chance),
+        "extension": modes.extension(generator, prompts, chance),
+    }
+    if generator.model.controls:
+        for f_patch_size in generator.model.spec.f_patch_sizes:
+            tallies[f"control, f_patch {f_patch_size}"] = modes.control(
+                generator, prompts, chance, f_patch_size=f_patch_size
+            )
+        tallies["control of scale 0"] = modes.control(generator, prompts, chance, scale=0.0)
+    found: dict[str, Any] = {}
+    for name, tally in tallies.items():
+        found[name] = tally.shares
+        _print_row(f"{name}, heldout", tally.shares)
+        if name in ("remix", "extension", "control, f_patch 1"):
+            sheets.write(f"_{name.split(',')[0]}", tally.videos, tally.scores)
+    if generator.model.loras:
+        variants: dict[str, dict[str, Any]] = {
+            "regions": {},
+            "regions, words exchanged": {"told": modes.exchanged},
+            "regions without the LoRA": {"with_lora": False},
+        }
+        for name, ways in variants.items():
+            tally = modes.regions(generator, len(prompts), **ways)
+            found[name] = tally.shares
+            _print_row(f"{name}, heldout", tally.shares)
+            if not ways:
+                sheets.write("_regions", tally.videos, tally.scores)
+    return found
 
 
 def _print_row(name: str, shares: dict[str, float]) -> None:
-    print(f"{name:24}" + "".join(f"{shares[a]:9.1%}" for a in ATTRIBUTES), flush=True)
+    named = "".join(f"{shares[name]:9.1%}" for name in ATTRIBUTES if name in shares)
+    more = "".join(f"  {key} {share:.1%}" for key, share in shares.items() if key not in ATTRIBUTES)
+    print(f"{name:30}{named}{more}", flush=True)
 
 
 def _print_misses(prompts: Sequence[Prompt], scores: Sequence[Score]) -> None:
