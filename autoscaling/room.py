@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from autoscaling.tiers import GpuTier, ServedOn
 from models.catalog import Model
 from models.compute import Compute
-from models.cost import denoise_shape
+from models.cost import VideoShape
 from models.fit import Gpus, decode_footprint, denoise_footprint
 from models.request import InvalidRequest, VideoRequest
 from parallel.plan import P4D, plans
@@ -114,14 +114,6 @@ def _degrees(model: Model, request: VideoRequest, count: int) -> list[int]:
     """Of the plans that so many GPUs have for a request of its family."""
     if count == 1:
         return [1]
-    width, height = model.spec.generated_size(request.width, request.height)
-    shape = denoise_shape(
-        request.family,
-        model.spec.generated_frames(request.num_frames, request.f_patch_size),
-        width,
-        height,
-        f_patch_size=request.f_patch_size,
-        guided=request.guided,
-    )
+    shape = VideoShape.of(request).step(request.family, model.spec)
     topology = replace(P4D, gpus_per_node=count)
     return sorted({plan.degree for plan in plans(shape, count, topology)})

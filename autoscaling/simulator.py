@@ -1,36 +1,33 @@
 """A cluster's denoising, event by event, by the rules that the live cluster runs.
 
 Which steps run where is the step scheduler's to say, when a request is due `judge`'s, which degrees
-there are `quickest_plans`'. What is simulated is time alone. Deterministic: the same requests, the
-same configuration and the same seed end alike.
+there are `quickest_plans`', who leaves the queue `next_in_line`'s. What is simulated is time alone.
+Deterministic: the same requests, the same configuration and the same seed end alike.
 """
 
 import heapq
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+from autoscaling.simulated_cluster import (
+    ClusterConfig,
+    Fleet,
+    History,
+    Job,
+    Node,
+    NodePolicy,
+    StepPolicy,
+)
 from autoscaling.step_scheduler import Step, StepSchedulerConfig, Task, next_steps
-from autoscaling.urgency import UrgencyConfig, judge
+from autoscaling.urgency import judge
 from autoscaling.workloads import Asked, VideoKind
-from credits.plans import PlanTable
+from jobs.order import Waiting, next_in_line
 from parallel.plan import P4D, quickest_plans
-
-
-class StepPolicy(Protocol):
-    """Says which steps begin on the ranks of one node."""
-
-    def next_steps(
-        self,
-        now_s: float,
-        num_ranks: int,
-        tasks: Collection[Task],
-        under_way: Sequence[Step],
-    ) -> list[Step]:
-        """As `step_scheduler.next_steps`; called at every event of the node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,101 +41,6 @@ class GuaranteedSet:
     ) -> list[Step]:
         """The live function's."""
         return next_steps(now_s, num_ranks, tasks, under_way, self.config)
-
-
-@dataclass(frozen=True, slots=True)
-class Reclaim:
-    """A node that goes away: told notice_s before; 0: it dies unforeseen."""
-
-    node: int
-    gone_s: float
-    notice_s: float = 120.0
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterConfig:
-    """num_nodes of gpus_per_node A100s each.
-
-    switch_s: what it costs to go on with a request on other ranks than before; cost_error: how far
-    the true step times are from those that are expected, as the standard deviation of their
-    logarithm, drawn for every request; checkpoint_s: a request is saved when it has run for so long
-    since it was saved last, and what it made since is lost if its node dies without notice.
-    """
-
-    num_nodes: int = 1
-    gpus_per_node: int = 8
-    switch_s: float = 0.1
-    cost_error: float = 0.0
-    checkpoint_s: float = 30.0
-    reclaims: tuple[Reclaim, ...] = ()
-    urgency: UrgencyConfig = field(default_factory=UrgencyConfig)
-    plans: PlanTable = field(default_factory=PlanTable)
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """A request in the simulated cluster.
-
-    task.steps_left is what it will be when the step under way has ended. slowness: by which its
-    steps take longer than expected. saved_left: steps left at the last checkpoint, made when it had
-    run for saved_ran_s. gpu_s: what its steps took; lost_steps: made again.
-    """
-
-    asked: Asked
-    task: Task
-    slowness: float
-    saved_left: int
-    finished_s: float | None = None
-    ran_s: float = 0.0
-    saved_ran_s: float = 0.0
-    gpu_s: float = 0.0
-    lost_steps: int = 0
-    num_moves: int = 0
-
-    @property
-    def in_time(self) -> bool:
-        """It ended by its deadline."""
-        return self.finished_s is not None and self.finished_s <= self.task.deadline_s + 1e-6
-
-    @property
-    def latency_s(self) -> float:
-        """From its arrival to its end. ValueError if it has none."""
-        if self.finished_s is None:
-            raise ValueError(f"request {self.task.id} has not ended")
-        return self.finished_s - self.asked.arrived_s
-
-
-@dataclass(eq=False, slots=True)
-class Node:
-    """GPUs that share steps, and the requests that were handed to them.
-
-    load_s: GPU-seconds of all of them, on one GPU each; wasted_gpus: since seen_s.
-    """
-
-    num_gpus: int
-    policy: StepPolicy
-    jobs: dict[str, Job] = field(default_factory=dict)
-    under_way: dict[str, Step] = field(default_factory=dict)
-    load_s: float = 0.0
-    is_leaving: bool = False
-    seen_s: float = 0.0
-    wasted_gpus: int = 0
-
-    def idle_gpus(self) -> int:
-        """Those without a step."""
-        return self.num_gpus - sum(step.block.size for step in self.under_way.values())
-
-
-@dataclass(slots=True)
-class History:
-    """What happened. busy_s: GPU-seconds of steps; waste_s: of idle GPUs while somebody waited."""
-
-    jobs: list[Job] = field(default_factory=list)
-    end_s: float = 0.0
-    busy_s: float = 0.0
-    waste_s: float = 0.0
-    decisions: list[tuple[int, float]] = field(default_factory=list)
-    """Of every question to a policy while a GPU was idle: the requests at the node, and seconds."""
 
 
 def step_seconds(kind: VideoKind, gpus: int) -> dict[int, float]:
@@ -158,8 +60,14 @@ class Simulator:
         *,
         seed: int = 0,
         time_decisions: bool = False,
+        scaling: NodePolicy | None = None,
     ) -> None:
         self.config = config
+        self.make_policy = make_policy
+        self.scaling = scaling
+        self.open: dict[str, Job] = {}
+        self.queue: dict[int, Job] = {}
+        self.has_more = True
         self.rng = random.Random(seed)
         self.time_decisions = time_decisions
         self.nodes = [Node(config.gpus_per_node, make_policy()) for _ in range(config.num_nodes)]
@@ -174,6 +82,8 @@ class Simulator:
             if reclaim.notice_s:
                 self._at(reclaim.gone_s - reclaim.notice_s, self._leave, node)
             self._at(reclaim.gone_s, self._die, node)
+        if scaling is not None:
+            self._at(0.0, self._scale, scaling)
 
     def run(self, requests: Iterable[Asked]) -> History:
         """What became of every request; those that no node is left for have not ended."""
@@ -191,8 +101,54 @@ class Simulator:
                 waits = len(node.jobs) > len(node.under_way)
                 node.wasted_gpus = node.idle_gpus() if waits else 0
             self.touched.clear()
-        self.history.end_s = self.now_s
+        self.history.end_s = max((job.finished_s or 0.0 for job in self.history.jobs), default=0.0)
+        for node in self.nodes:
+            self.history.node_s += max(0.0, self.history.end_s - node.asked_s)
         return self.history
+
+    def _scale(self, scaling: NodePolicy) -> None:
+        """Ask for nodes, or let some go: those first that are not there yet, then the emptiest."""
+        staying = [node for node in self.nodes if not node.is_leaving]
+        coming = [node for node in staying if not node.is_ready]
+        ready = len(staying) - len(coming)
+        gpus = max(1, ready * self.config.gpus_per_node)
+        idle = sum(node.idle_gpus() for node in staying if node.is_ready)
+        wanted = scaling.nodes(
+            Fleet(
+                self.now_s,
+                ready,
+                tuple(node.asked_s + self.config.cold_start_s - self.now_s for node in coming),
+                self.history.jobs,
+                self.open.values(),
+                self.queue.values(),
+                1 - idle / gpus,
+            )
+        )
+        for _ in range(wanted - len(staying)):
+            self._ask_for_node()
+        surplus = sorted(staying, key=lambda node: (node.is_ready, len(node.jobs), -node.asked_s))
+        for node in surplus[: max(0, len(staying) - wanted)]:
+            self._leave(node)
+            self._let_go(node)
+        if self.open or self.has_more:
+            self._at(self.now_s + self.config.scale_every_s, self._scale, scaling)
+
+    def _ask_for_node(self) -> None:
+        node = Node(self.config.gpus_per_node, self.make_policy(), is_ready=False)
+        node.asked_s = node.seen_s = self.now_s
+        self.nodes.append(node)
+        self._at(self.now_s + self.config.cold_start_s, self._become_ready, node)
+
+    def _become_ready(self, node: Node) -> None:
+        if not node.is_leaving:
+            node.is_ready, node.seen_s = True, self.now_s
+            self._take_from_queue()
+
+    def _let_go(self, node: Node) -> None:
+        """A node that leaves ends with its last step."""
+        if node.is_leaving and node in self.nodes and not node.jobs:
+            self.nodes.remove(node)
+            self.history.node_s += self.now_s - node.asked_s
 
     def _at(self, moment_s: float, act: Callable[..., None], *arguments: Any) -> None:
         self.num_events += 1
@@ -200,6 +156,7 @@ class Simulator:
 
     def _next_arrival(self, coming: Iterator[Asked]) -> None:
         asked = next(coming, None)
+        self.has_more = asked is not None
         if asked is not None:
             self._at(asked.arrived_s, self._arrive, asked, coming)
 
@@ -229,16 +186,54 @@ class Simulator:
         slowness = math.exp(self.rng.gauss(0.0, error)) if error else 1.0
         job = Job(asked, task, slowness, kind.num_steps)
         self.history.jobs.append(job)
+        self.open[job.task.id] = job
         self._hand_over(job)
 
     def _hand_over(self, job: Job) -> None:
-        """To the one of two nodes with less work, where Serve's router compares requests."""
-        staying = [node for node in self.nodes if not node.is_leaving]
-        if not staying:
+        """To a node, or into the queue if none has a slot."""
+        if self.config.slots is None:
+            taking = [node for node in self.nodes if node.is_ready and not node.is_leaving]
+            if taking:
+                self._take(job, taking)
             return
-        if len(staying) > 2:
-            staying = self.rng.sample(staying, 2)
-        node = min(staying, key=lambda node: node.load_s)
+        self.queue[int(job.task.id)] = job
+        self._take_from_queue()
+
+    def _take_from_queue(self) -> None:
+        """As pipelines lease jobs, in the queue's order."""
+        slots = self.config.slots
+        while self.queue and slots is not None:
+            taking = [
+                node
+                for node in self.nodes
+                if node.is_ready and not node.is_leaving and len(node.jobs) < slots
+            ]
+            if not taking:
+                return
+            number = next(iter(self.queue)) if len(self.queue) == 1 else self._next_in_line()
+            self._take(self.queue.pop(number), taking)
+
+    def _next_in_line(self) -> int:
+        """The live queue's order."""
+        running = Counter(
+            str(job.asked.account) for node in self.nodes for job in node.jobs.values()
+        )
+        waiting = [
+            Waiting(
+                number,
+                str(job.asked.account),
+                self.config.plans.limits[job.asked.plan].priority,
+                int(1000 * (self.now_s - job.asked.arrived_s)),
+            )
+            for number, job in self.queue.items()
+        ]
+        return next_in_line(waiting, running, int(1000 * self.config.ageing_s))[0]
+
+    def _take(self, job: Job, taking: list[Node]) -> None:
+        """The one of two nodes with less work, where Serve's router compares requests."""
+        if len(taking) > 2:
+            taking = self.rng.sample(taking, 2)
+        node = min(taking, key=lambda node: node.load_s)
         node.jobs[job.task.id] = job
         node.load_s += job.task.steps_left * job.asked.kind.measured_s[1]
         self.touched[node] = None
@@ -283,9 +278,11 @@ class Simulator:
             job.saved_left, job.saved_ran_s = job.task.steps_left, job.ran_s
         if job.task.steps_left == 0:
             job.finished_s = self.now_s
-            del node.jobs[job.task.id]
+            del node.jobs[job.task.id], self.open[job.task.id]
+            self._take_from_queue()
         elif node.is_leaving:
             self._move(node, job, job.task.steps_left)
+        self._let_go(node)
 
     def _leave(self, node: Node) -> None:
         """The node was told: who is at a boundary goes at once, the others at their next one, and
@@ -305,6 +302,7 @@ class Simulator:
         for job in list(node.jobs.values()):
             job.lost_steps += job.saved_left - job.task.steps_left
             self._move(node, job, job.saved_left)
+        self._let_go(node)
 
     def _move(self, node: Node, job: Job, steps_left: int) -> None:
         job.task.steps_left, job.task.block = steps_left, None

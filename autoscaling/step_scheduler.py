@@ -10,7 +10,8 @@ import heapq
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
+from operator import attrgetter, itemgetter
+from typing import NamedTuple
 
 from pydantic import BaseModel, Field
 
@@ -42,26 +43,52 @@ class Task:
     """step_s, smallest degree first."""
     quickest_s: float = field(init=False)
     """The shortest of its steps."""
-    turn: tuple[float, float, str] = field(init=False)
-    """By deadline: who is at work stays at work until someone with less time comes."""
+    later_s: float = field(init=False, default=-math.inf)
+    """The deadline that it was given last for having missed its own."""
+    _known: "_LeastWork" = field(init=False)
 
     def __post_init__(self) -> None:
         self.sizes = sorted(self.step_s.items())
         self.quickest_s = min(self.step_s.values())
-        self.turn = (self.deadline_s, self.arrived_s, self.id)
+        self._known = _LeastWork(-1, 0.0, 0.0, 0.0, None)
 
     @property
     def least_seconds(self) -> float:
         """What is left at the fastest degree."""
         return self.steps_left * self.quickest_s
 
-    def least_work(self, within_s: float) -> float | None:
-        """GPU-seconds at the smallest degree that is done within so many seconds, if one is."""
+    def least_work(self, start_s: float, due_s: float) -> float | None:
+        """GPU-seconds at the smallest degree that is done by due_s if it begins at start_s, if one
+        is. It is the same for as long as that degree would do, and is not worked out again.
+        """
+        known = self._known
+        if (
+            known.steps_left != self.steps_left
+            or known.due_s != due_s
+            or not known.from_s <= start_s <= known.until_s
+        ):
+            self._known = known = self._least_work(start_s, due_s)
+        return known.work
+
+    def _least_work(self, start_s: float, due_s: float) -> "_LeastWork":
+        from_s = -math.inf
         for degree, step_s in self.sizes:
             seconds = self.steps_left * step_s
-            if seconds <= within_s:
-                return seconds * degree
-        return None
+            if seconds <= due_s - start_s:
+                until_s = due_s - seconds
+                return _LeastWork(self.steps_left, due_s, from_s, until_s, seconds * degree)
+            from_s = max(from_s, math.nextafter(due_s - seconds, math.inf))
+        return _LeastWork(self.steps_left, due_s, from_s, math.inf, None)
+
+
+class _LeastWork(NamedTuple):
+    """A task's least work, with so many steps left, if it begins between two moments."""
+
+    steps_left: int
+    due_s: float
+    from_s: float
+    until_s: float
+    work: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,39 +132,37 @@ def next_steps(
 ) -> list[Step]:
     """The steps that begin now, on ranks where none is under way.
 
-    tasks: everyone's, as they will be when the steps that are under way have ended; those get no
-    further one now, but what is left of them is promised time. ValueError if a task has no degree
-    that num_ranks allows.
+    tasks: everyone's, by their arrival, as they will be when the steps that are under way have
+    ended; those get no further one now, but what is left of them is promised time. Of two with one
+    deadline the first to come goes first, so that who is at work stays at work. ValueError if a
+    task has no degree that num_ranks allows.
     """
     board = RankBoard(now_s, num_ranks, [(step.block, step.ends_s) for step in under_way])
     if not board.free:
         return []
-    everyone = [_fitted(task, num_ranks) for task in tasks]
+    everyone = sorted((_fitted(task, num_ranks) for task in tasks), key=attrgetter("deadline_s"))
     busy = {task_id: step for step in under_way for task_id in (step.task_id, *step.batched)}
-    in_time = guaranteed(now_s, num_ranks, everyone, config, busy)
-    due_s = {task.id: task.deadline_s for task in in_time}
-    if config.late_capacity and len(in_time) < len(everyone):
-        due_s |= _due_later(now_s, num_ranks, everyone, in_time, config, busy)
+    promised = _promise(now_s, num_ranks, everyone, config, busy)
     express = [task for task in everyone if task.express_from_s <= now_s and task.id not in busy]
-    express.sort(key=attrgetter("turn"))
     first = {task.id for task in express}.union(busy)
-    promised = [task for task in everyone if task.id in due_s and task.id not in first]
-    promised.sort(key=lambda task: (due_s[task.id], task.turn))
-    first.update(due_s)
     plan = _Placing(board, config)
     for task in express:
         plan.place(task, must=True)
-    for task in promised:
-        plan.place(task, must=plan.is_urgent(task, due_s[task.id]))
-    rest = []
+    for due_s, _, task in promised:
+        if not board.free:
+            break
+        if task.id not in first:
+            plan.place(task, must=plan.is_urgent(task, due_s))
+    rest: list[Task] = []
     if board.free:
+        first.update(task.id for _, _, task in promised)
         rest = [task for task in everyone if task.id not in first]
         rest.sort(key=lambda task: _effort(task, now_s))
         for task in rest:
             plan.place(task, must=False)
         plan.grow()
     if config.max_batch > 1:
-        plan.batch([*express, *promised, *rest])
+        plan.batch([*express, *(task for _, _, task in promised if task.id not in busy), *rest])
     return plan.steps()
 
 
@@ -151,91 +176,109 @@ def _fitted(task: Task, num_ranks: int) -> Task:
     return replace(task, step_s=step_s)
 
 
-def guaranteed(
-    now_s: float,
-    num_ranks: int,
-    tasks: Iterable[Task],
-    config: StepSchedulerConfig,
-    busy: Mapping[str, Step] | None = None,
-) -> list[Task]:
-    """The tasks that can all be in time, as far as GPU-seconds tell, by deadline.
-
-    Where they can't all be, those worth least for their work are left out. busy: the steps under
-    way, by task.
-    """
-    busy = busy or {}
-    left_out: set[int] = set()
-    kept: list[Task] = []
-    least: list[tuple[float, int, float]] = []
-    total, per_s = 0.0, config.capacity * num_ranks
-    for task in sorted(tasks, key=attrgetter("turn")):
-        left_s = task.deadline_s - now_s
-        work = _work_in_time(task, now_s, busy)
-        if not work:  # too late, or its last step is under way
-            continue
-        heapq.heappush(least, (task.value / work, len(kept), work))
-        kept.append(task)
-        total += work
-        while total > per_s * left_s:
-            _, number, gone = heapq.heappop(least)
-            left_out.add(number)
-            total -= gone
-    return [task for number, task in enumerate(kept) if number not in left_out]
+Promise = tuple[float, float, Task]
+"""When a task is to be done, the least GPU-seconds for it, and the task."""
 
 
-def _work_in_time(task: Task, now_s: float, busy: Mapping[str, Step]) -> float | None:
-    """The least GPU-seconds that end it by its deadline, if any do, from its next boundary on."""
-    step = busy.get(task.id)
-    return task.least_work(task.deadline_s - (now_s if step is None else step.ends_s))
-
-
-def _due_later(
+def _promise(
     now_s: float,
     num_ranks: int,
     everyone: Sequence[Task],
-    in_time: Sequence[Task],
     config: StepSchedulerConfig,
     busy: Mapping[str, Step],
-) -> dict[str, float]:
-    """A later deadline for those that can't be in time: the first that it can keep of ones that are
-    LATER times as far from its arrival as the one before. Promised is only what the ones in time
-    leave over, up to late_capacity.
+) -> list[Promise]:
+    """What is promised to whom, the earliest first."""
+    in_time = guaranteed(now_s, num_ranks, everyone, config, busy)
+    if not config.late_capacity or len(in_time) == len(everyone):
+        return in_time
+    return _with_later(now_s, num_ranks, everyone, in_time, config, busy)
+
+
+def guaranteed(
+    now_s: float,
+    num_ranks: int,
+    by_deadline: Iterable[Task],
+    config: StepSchedulerConfig,
+    busy: Mapping[str, Step] | None = None,
+) -> list[Promise]:
+    """The tasks that can all be in time, as far as GPU-seconds tell, by deadline.
+
+    Where they can't all be, those worth least for their work are left out. busy: the steps under
+    way, by task, from whose ends on theirs count.
     """
-    others = {task.id for task in in_time}.union(busy)
-    entries: list[tuple[float, float, Task | None]] = [
-        (task.deadline_s, _work_in_time(task, now_s, busy) or 0.0, None) for task in in_time
-    ]
-    for task in everyone:
-        if task.id in others:
+    busy = busy or {}
+    kept: list[Promise] = []
+    left_out: set[int] = set()
+    least: list[tuple[float, int]] = []
+    total, per_s = 0.0, config.capacity * num_ranks
+    for task in by_deadline:
+        step = busy.get(task.id)
+        work = task.least_work(now_s if step is None else step.ends_s, task.deadline_s)
+        if not work:  # too late, or its last step is under way
             continue
+        heapq.heappush(least, (task.value / work, len(kept)))
+        kept.append((task.deadline_s, work, task))
+        total += work
+        while total > per_s * (task.deadline_s - now_s):
+            number = heapq.heappop(least)[1]
+            left_out.add(number)
+            total -= kept[number][1]
+    return [promise for number, promise in enumerate(kept) if number not in left_out]
+
+
+def _with_later(
+    now_s: float,
+    num_ranks: int,
+    everyone: Sequence[Task],
+    in_time: Sequence[Promise],
+    config: StepSchedulerConfig,
+    busy: Mapping[str, Step],
+) -> list[Promise]:
+    """Those in time, and a later deadline for others, as many as it can be promised to with what
+    the ones in time leave over, up to late_capacity.
+    """
+    passed = {task.id for _, _, task in in_time}.union(busy)
+    entries: list[tuple[float, float, Task, bool]] = [(*promise, False) for promise in in_time]
+    for task in everyone:
+        if task.id not in passed:
+            due_s = _later_deadline(task, now_s)
+            work = task.least_work(now_s, due_s)
+            if work is not None:  # but for what rounding takes, it never is
+                entries.append((due_s, work, task, True))
+    entries.sort(key=itemgetter(0))
+    total, per_s = 0.0, config.late_capacity * num_ranks
+    left_out: set[int] = set()
+    least: list[tuple[float, int]] = []
+    for number, (due_s, work, task, is_late) in enumerate(entries):
+        total += work
+        if is_late:
+            heapq.heappush(least, (task.value / work, number))
+        while least and total > per_s * (due_s - now_s):
+            gone = heapq.heappop(least)[1]
+            left_out.add(gone)
+            total -= entries[gone][1]
+    return [entry[:3] for number, entry in enumerate(entries) if number not in left_out]
+
+
+def _later_deadline(task: Task, now_s: float) -> float:
+    """The first that it can keep of deadlines that are LATER times as far from its arrival as the
+    one before.
+    """
+    done_s = now_s + task.least_seconds
+    if task.later_s < done_s:
         # it may have come here after its deadline
         wait_s = max(task.deadline_s - task.arrived_s, task.least_seconds)
-        needed_s = now_s + task.least_seconds - task.arrived_s
-        wait_s *= LATER ** max(0, math.ceil(math.log(needed_s / wait_s, LATER)))
-        work = task.least_work(task.arrived_s + wait_s - now_s)
-        if work is not None:  # but for what rounding takes, it never is
-            entries.append((task.arrived_s + wait_s, work, task))
-    entries.sort(key=lambda entry: entry[0])
-    total, per_s = 0.0, config.late_capacity * num_ranks
-    due_s: dict[str, float] = {}
-    least: list[tuple[float, tuple[float, float, str], str, float]] = []
-    for deadline_s, work, late in entries:
-        total += work
-        if late is not None:
-            due_s[late.id] = deadline_s
-            heapq.heappush(least, (late.value / work, late.turn, late.id, work))
-        while least and total > per_s * (deadline_s - now_s):
-            _, _, gone_id, gone = heapq.heappop(least)
-            del due_s[gone_id]
-            total -= gone
-    return due_s
+        while task.arrived_s + wait_s < done_s:
+            wait_s *= LATER
+        task.later_s = task.arrived_s + wait_s
+    return task.later_s
 
 
-def _effort(task: Task, now_s: float) -> tuple[float, tuple[float, float, str]]:
+def _effort(task: Task, now_s: float) -> float:
     """Of those with no promise: the least work for its value first, and less with every wait."""
     degree, step_s = task.sizes[0]
     lateness = max(0.0, now_s - task.deadline_s) / (20 * task.least_seconds)
-    return (task.steps_left * degree * step_s / task.value / (1 + lateness), task.turn)
+    return task.steps_left * degree * step_s / task.value / (1 + lateness)
 
 
 class _Placing:

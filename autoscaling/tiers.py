@@ -21,6 +21,8 @@ class GpuTier(StrEnum):
 LADDER = (GpuTier.T4, GpuTier.A10G, GpuTier.A100)
 # What the GPUs of a tier compute in, if nothing else is said.
 DTYPES = {GpuTier.LOCAL: Dtype.FLOAT32, GpuTier.T4: Dtype.FLOAT16}
+# Of an A100, by the makers' figures for fp16 with sums in fp32: 65, 70 and 312 TFLOP/s.
+SPEED = {GpuTier.T4: 65 / 312, GpuTier.A10G: 70 / 312}
 HIGHEST = {
     Plan.BASIC: GpuTier.T4,
     Plan.PRO: GpuTier.A10G,

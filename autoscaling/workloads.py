@@ -7,8 +7,9 @@ largest step, and this project's own roofline for the UNets.
 
 import bisect
 import itertools
+import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,6 +80,11 @@ KINDS = (
     _hunyuan(129, 1280, 720, 118.0, 64.48, 31.92, 16.35),
 )
 MIX = (0.25, 0.25, 0.20, 0.12, 0.06, 0.07, 0.03, 0.02)
+# For days on which what is asked for changes: short videos mostly, long ones mostly.
+SMALL_MIX = (0.45, 0.45, 0.10, 0.0, 0.0, 0.0, 0.0, 0.0)
+LARGE_MIX = (0.05, 0.05, 0.30, 0.25, 0.15, 0.10, 0.06, 0.04)
+Mix = Sequence[float]
+DAY_S = 86_400.0
 PLANS = {Plan.PRO: 0.2, Plan.BASIC: 0.5, Plan.FREE: 0.3}
 
 
@@ -91,9 +97,9 @@ class Asked(NamedTuple):
     account: int
 
 
-def mean_work_s() -> float:
-    """GPU-seconds of one request of MIX, on one GPU."""
-    return sum(share * kind.work_s for share, kind in zip(MIX, KINDS, strict=True))
+def mean_work_s(mix: Mix = MIX) -> float:
+    """GPU-seconds of one request of a mix, on one GPU."""
+    return sum(share * kind.work_s for share, kind in zip(mix, KINDS, strict=True))
 
 
 def requests(
@@ -101,19 +107,23 @@ def requests(
     rng: random.Random,
     *,
     plans: Mapping[Plan, float] | None = None,
+    mix: Callable[[float], Mix] = lambda _: MIX,
     num_accounts: int = 500,
 ) -> Iterator[Asked]:
-    """One request of MIX at each arrival. plans: their shares, by default everyone's is the basic
-    one. Accounts by Zipf's law, exponent 0.8, as in GenTD26.
+    """One request at each arrival. plans: their shares, by default everyone's is the basic one;
+    mix: of the kinds, at a moment. Accounts by Zipf's law, exponent 0.8, as in GenTD26.
     """
-    kinds = list(itertools.accumulate(MIX))
+    kinds: dict[Mix, list[float]] = {}
     zipf = list(itertools.accumulate((n + 1) ** -0.8 for n in range(num_accounts)))
     chosen = plans or {Plan.BASIC: 1.0}
     names, shares = list(chosen), list(itertools.accumulate(chosen.values()))
     for arrived_s in arrivals:
+        now = mix(arrived_s)
+        if now not in kinds:
+            kinds[now] = list(itertools.accumulate(now))
         yield Asked(
             arrived_s,
-            KINDS[_drawn(rng, kinds)],
+            KINDS[_drawn(rng, kinds[now])],
             names[_drawn(rng, shares)],
             _drawn(rng, zipf),
         )
@@ -130,6 +140,25 @@ def poisson(rng: random.Random, per_s: float) -> Iterator[float]:
     while True:
         now_s += rng.expovariate(per_s)
         yield now_s
+
+
+def varying(
+    rng: random.Random, per_s: Callable[[float], float], most_per_s: float
+) -> Iterator[float]:
+    """A Poisson process whose rate changes, by thinning (Lewis and Shedler, 1979)."""
+    for moment_s in poisson(rng, most_per_s):
+        if rng.random() * most_per_s < per_s(moment_s):
+            yield moment_s
+
+
+def work_of_day(moment_s: float, mean: float, peak: float = 1.7) -> float:
+    """Work that comes a second at a moment of a day: a sinus, least at its beginning."""
+    return mean * (1 + (peak - 1) * math.sin(2 * math.pi * (moment_s / DAY_S - 0.25)))
+
+
+def mix_of_day(moment_s: float) -> Mix:
+    """Short videos and long ones in turn, for three hours each."""
+    return SMALL_MIX if int(moment_s / 10_800) % 2 == 0 else LARGE_MIX
 
 
 def bursts(

@@ -26,6 +26,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from autoscaling.tiers import GpuTier, ServedOn
+from bench.clusters import no_pools
 from bench.databases import fresh_database, fresh_sqlite, running_postgresql
 from bench.machine import describe_machine
 from credits.accounts import AccountId, change_account, create_account
@@ -252,7 +253,7 @@ def serve_ingress(ready: Any, database_url: str, home: str, checkpoint: str) -> 
         webhooks=WebhookConfig(),
         image_urls=UrlGuardConfig(),
     )
-    _serve(create_app(parts, lambda: None), ready)
+    _serve(create_app(parts, lambda: None, no_pools), ready)
 
 
 def _serve(app: FastAPI, ready: Any) -> None:

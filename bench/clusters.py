@@ -95,6 +95,11 @@ class Cluster:
         psutil.wait_procs(family, STOP_S)
 
 
+async def no_pools() -> list[dict[str, Any]]:
+    """What an ingress without a cluster says of the pools."""
+    return []
+
+
 def free_port() -> int:
     """A port of the loopback address that nobody listens on now."""
     with socket.socket() as probe:

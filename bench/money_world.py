@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, event, func, select, update
 
 from autoscaling.tiers import GpuTier, ServedOn
+from bench.clusters import no_pools
 from credits.accounts import (
     AccountDisabled,
     AccountId,
@@ -89,6 +90,7 @@ class World:
             WorkWeights(),
             AdminAuthenticator("unused"),
             lambda: None,
+            no_pools,
         )
         self.crash_at: int | None = None
         self.num_statements = 0

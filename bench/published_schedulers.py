@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from autoscaling.rank_blocks import Block, RankBoard
-from autoscaling.simulator import StepPolicy
+from autoscaling.simulated_cluster import StepPolicy
 from autoscaling.step_scheduler import Step, Task
 
 EFFICIENT = 0.8
@@ -138,8 +138,8 @@ class ShortestRemaining:
         turn = Turn.of(now_s, num_ranks, tasks, under_way)
         if not turn.board.free:
             return []
-        ranked = [(seconds(t, best_degree(t, num_ranks)), t.turn, t) for t in turn.waiting]
-        for _, _, task in sorted(ranked, key=lambda entry: entry[:2]):
+        ranked = [(seconds(t, best_degree(t, num_ranks)), t) for t in turn.waiting]
+        for _, task in sorted(ranked, key=lambda entry: entry[0]):
             if not turn.board.free:
                 break
             best = best_degree(task, num_ranks)
@@ -172,9 +172,9 @@ class DDiT:
             best = best_degree(task, num_ranks)
             assert task.block is not None
             if task.block.size < best:
-                hungry.append((-self._starvation(task, best), task.turn, task))
+                hungry.append((-self._starvation(task, best), task))
             turn.begin(task, task.block.size)
-        for _, _, task in sorted(hungry, key=lambda entry: entry[:2]):
+        for _, task in sorted(hungry, key=lambda entry: entry[0]):
             self._promote(turn, task)
         for task in sorted(fresh, key=by_arrival):
             size = best_degree(task, num_ranks)

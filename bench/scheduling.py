@@ -20,15 +20,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from autoscaling.simulator import (
-    ClusterConfig,
-    GuaranteedSet,
-    History,
-    Job,
-    Reclaim,
-    Simulator,
-    StepPolicy,
-)
+from autoscaling.simulated_cluster import ClusterConfig, History, Job, Reclaim, StepPolicy
+from autoscaling.simulator import GuaranteedSet, Simulator
 from autoscaling.urgency import PlanUrgency, UrgencyConfig
 from autoscaling.workloads import PLANS, Asked, bursts, mean_work_s, poisson, requests
 from bench.machine import describe_machine

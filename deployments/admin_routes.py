@@ -1,5 +1,6 @@
-"""The operator's routes under /admin/v1: accounts, plans, credits, keys, jobs, audit log."""
+"""The operator's routes under /admin/v1: accounts, plans, credits, keys, jobs, audit log, pools."""
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Query
@@ -32,6 +33,7 @@ from jobs.store import list_jobs, open_jobs, request_cancel_of_all
 from media.object_store import ObjectStore
 
 ADMIN = "admin"
+ExplainScaling = Callable[[], Awaitable[list[dict[str, Any]]]]
 Number = Annotated[int | None, Query(ge=0, le=2**31 - 1)]
 
 
@@ -47,6 +49,7 @@ class AdminRoutes:
         weights: WorkWeights,
         authenticate: AdminAuthenticator,
         wake: Waker,
+        explain_scaling: ExplainScaling,
     ) -> None:
         self.engine = engine
         self.store = store
@@ -55,6 +58,7 @@ class AdminRoutes:
         self.weights = weights
         self.authenticate = authenticate
         self.wake = wake
+        self.explain_scaling = explain_scaling
 
     def router(self) -> APIRouter:
         """All routes; each needs the admin key."""
@@ -71,6 +75,7 @@ class AdminRoutes:
         add("/keys/{key_id}", self.revoke_key, methods=["DELETE"])
         add("/keys/{key_id}/rotate", self.rotate_key, methods=["POST"])
         add("/audit", self.list_audit, methods=["GET"])
+        add("/autoscaling", self.autoscaling, methods=["GET"])
         return router
 
     def create_account(self, body: AccountBody) -> dict[str, Any]:
@@ -192,6 +197,10 @@ class AdminRoutes:
                 ascending=page.ascending,
             )
         return page.json([audit_json(entry) for entry in found], key="number")
+
+    async def autoscaling(self) -> dict[str, Any]:
+        """What every pool of denoisers and decoders has and is to have, and why."""
+        return {"object": "list", "data": await self.explain_scaling()}
 
     def _end_queued(self, account_id: AccountId) -> None:
         """At once, where no pipeline has anything to stop; those that have are woken.

@@ -29,6 +29,7 @@ from jobs.job import Job, JobId
 from media.encode import estimate_bytes
 from media.object_store import ObjectStore
 from models.catalog import Model, ModelNotFound
+from models.cost import VideoShape
 from models.request import VideoRequest
 
 # What a job reads besides its row, by the field of VideoRequest that names where it lies.
@@ -175,6 +176,8 @@ class Admission:
             "estimated_bytes": _estimate_bytes(request),
             "kept_ms": limits.kept_ms,
             "made_by_retry": attempt is not None and attempt.key is None and attempt.is_retry,
+            "shape": str(VideoShape.of(request)),
+            "num_steps": request.last_step - request.first_step,
         }
         hold = Hold(
             account.id,

@@ -87,6 +87,7 @@ def bind_chain(config: AppConfig) -> Application:
         config.work_weights,
         settings.home,
         config.webhooks,
+        {str(tier.tier): models_of(offers, tier) for tier in config.tiers},
     )
     parts = IngressParts(
         home=settings.home,

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
+from autoscaling.pool_scaling import PoolScaling
 from autoscaling.step_scheduler import StepSchedulerConfig
 from autoscaling.tiers import GpuTier, ServedOn
 from autoscaling.urgency import UrgencyConfig
@@ -156,6 +157,9 @@ class TierConfig(BaseModel, frozen=True, extra="forbid"):
     attention: with what its denoisers do; None: the best that their GPU has. gpu: what admission
     goes by; None: whatever is asked for is tried.
     larger: the tier that takes a job whose steps do not fit into this one's memory; None: it fails.
+    scaling: how many replicas are wanted, within the bounds of the deployments'
+    autoscaling_config. helps: tiers whose jobs this one takes, too, if it is free and they have
+    waited for helps_after_s, of the models that both serve.
     """
 
     tier: GpuTier
@@ -168,6 +172,14 @@ class TierConfig(BaseModel, frozen=True, extra="forbid"):
     larger: GpuTier | None = None
     denoiser: DenoiserConfig = DenoiserConfig()
     decoder: DecoderConfig = DecoderConfig()
+    scaling: PoolScaling = PoolScaling()
+    helps: tuple[GpuTier, ...] = ()
+    helps_after_s: float = Field(60.0, ge=0)
+
+    @property
+    def ranks(self) -> int:
+        """Of a denoiser's replica, as far as is told."""
+        return 1 if self.gpu is None else self.gpu.count
 
 
 class LimitsConfig(BaseModel, frozen=True, extra="forbid"):
@@ -239,6 +251,15 @@ class AppConfig(BaseModel, frozen=True, extra="forbid"):
             tiers = [served.tier for served in model.served_on]
             if len(set(tiers)) < len(tiers):
                 raise ValueError(f"{model.path}: served_on names a tier twice")
+        return self
+
+    @model_validator(mode="after")
+    def _helped_tiers_are_others(self) -> Self:
+        named = {tier.tier for tier in self.tiers}
+        for tier in self.tiers:
+            for helped in tier.helps:
+                if helped not in named or helped == tier.tier:
+                    raise ValueError(f"tiers[].helps: {tier.tier} cannot help {helped!r}")
         return self
 
     @model_validator(mode="after")

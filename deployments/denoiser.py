@@ -8,6 +8,7 @@ from ray.util import get_current_placement_group
 
 from deployments.checkpoints import Checkpoints
 from deployments.config import TierConfig
+from deployments.leaving import is_leaving, until_leaving
 from deployments.messages import Denoised, DenoiseWork
 from deployments.rank_group import RankGroup
 from deployments.resident_models import ResidentModels
@@ -54,10 +55,18 @@ class Denoiser:
         self.models = ResidentModels(self.loop, models, config.model_memory_bytes)
         self.load_model = self.models.load  # where Serve looks for what is multiplexed
         await self.models.preload()
+        assert not is_leaving()
+        self.leaving = asyncio.create_task(self._hand_over_when_leaving())
+
+    async def _hand_over_when_leaving(self) -> None:
+        await until_leaving()
+        await self.loop.hand_over()
 
     def check_health(self) -> None:
         """Fail, with the reason, if the ranks can't form a group any more."""
         self.loop.check_health()
+        if self.leaving.done():
+            self.leaving.result()
 
     def describe(self) -> dict[str, Any]:
         """What it holds now: the group's generation, its ranks' seats and models, and the jobs that

@@ -18,7 +18,7 @@ from deployments.checkpoints import CheckpointUnreadable
 from deployments.origin import ForeignPackage
 from deployments.rank_group import GroupBroken, SeatsUneven
 from deployments.resident_models import ModelTooLarge
-from deployments.step_loop import RequestQuarantined
+from deployments.step_loop import HandedOver, RequestQuarantined
 from deployments.url_guard import UrlRefused
 from jobs.outbox import DeliveryNotFound
 from jobs.store import IdempotencyConflict, JobNotFound, LeaseLost
@@ -114,6 +114,7 @@ ANSWERS: dict[type[Exception], Answer] = {
     CheckpointUnusable: INTERNAL,
     CheckpointUnreadable: INTERNAL,
     GroupBroken: INTERNAL,
+    HandedOver: INTERNAL,
     SeatsUneven: INTERNAL,
     ModelTooLarge: INTERNAL,
     OutOfMemory: OUT_OF_MEMORY,

@@ -30,7 +30,8 @@ class Held:
     """A request that is here, running or parked. A job may be here twice while its lease moves.
 
     state is what state_ref refers to. Having read it keeps a copy on this node: a rank's node that
-    dies takes no state with it. way, of_one_text: of steps with all texts, and with the positive
+    dies takes no state with it. plan, step_s: its last step's, where that tells how
+    long others take. way, of_one_text: of steps with all texts, and with the positive
     one alone.
     """
 
@@ -46,6 +47,8 @@ class Held:
     first_step: int
     batch: Hashable | None = None
     block: Block | None = None
+    plan: ParallelPlan = field(default_factory=ParallelPlan)
+    step_s: float | None = None
     kills: int = 0
     ran_s: float = 0.0
     unsaved: Unsaved = field(default_factory=Unsaved)
@@ -79,7 +82,8 @@ class Held:
         """Where it stands."""
         step, num_steps = self.state.step, self.state.num_steps
         made = step - self.first_step
-        return Denoised(step, num_steps, made, self.state.skipped, latents)
+        skipped = self.state.skipped
+        return Denoised(step, num_steps, made, skipped, latents, self.plan.degree, self.step_s)
 
     def fail(self, error: Exception) -> None:
         """Tell whoever waits for the request, and make no further step of it."""

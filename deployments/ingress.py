@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from credits.plans import Plan, PlanTable
 from credits.pricing import PriceTable, WorkWeights
 from credits.rates import RequestRate
-from deployments.admin_routes import AdminRoutes
+from deployments.admin_routes import AdminRoutes, ExplainScaling
 from deployments.admission import Admission, Offer
 from deployments.authentication import AdminAuthenticator, Authenticator
 from deployments.body_limit import BodyLimit
@@ -69,13 +69,17 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica, after __init__."""
-        return create_app(self.parts, self._wake)
+        return create_app(self.parts, self._wake, self._explain_scaling)
 
     def _wake(self) -> None:
         self.pipeline.wake.remote()
 
+    async def _explain_scaling(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = await self.pipeline.explain_scaling.remote()
+        return found
 
-def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
+
+def create_app(parts: IngressParts, wake: Waker, explain_scaling: ExplainScaling) -> FastAPI:
     """The ASGI application over a database that it migrates first; needs no Ray."""
     parts.home.mkdir(parents=True, exist_ok=True)
     pepper = read_pepper(parts.home, parts.database_url)
@@ -105,6 +109,7 @@ def create_app(parts: IngressParts, wake: Waker) -> FastAPI:
         parts.weights,
         AdminAuthenticator(read_admin_key(parts.home, parts.database_url)),
         wake,
+        explain_scaling,
     )
 
     @contextlib.asynccontextmanager

@@ -40,7 +40,8 @@ class Denoised:
     """One denoise step done; num_made counts those that were made since the job's first.
 
     skipped: passes of the model that these made do without. A changed video begins later than at
-    step 0. The last carries a reference to the latents, float32 [1, C, F, H, W].
+    step 0. degree: the ranks that made it, in step_s seconds; None: it tells nothing of others. The
+    last carries a reference to the latents, float32 [1, C, F, H, W].
     """
 
     step: int
@@ -48,6 +49,8 @@ class Denoised:
     num_made: int
     skipped: int
     latents: "ObjectRef[Any] | None"
+    degree: int = 1
+    step_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

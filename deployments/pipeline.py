@@ -5,8 +5,10 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import statistics
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +26,17 @@ from deployments.database import migrate, open_database, reader, retry_while_awa
 from deployments.errors import answer_for
 from deployments.messages import Denoised, DenoiseWork, Encoded, Encoding, Published
 from deployments.rank_group import GroupBroken
+from deployments.scaling import Scaler
 from deployments.settlement import Ending, WorkDone, cancellation, settle, work_told
+from deployments.step_loop import HandedOver
 from deployments.sweep import Sweeper
 from deployments.webhooks import WebhookConfig, WebhookSender
 from jobs.job import Job, JobId, JobState, Phase, Progress
-from jobs.store import LeaseLost, cancelled_of, extend_leases, lease, move, record
+from jobs.stage_times import TimedStage, note_times
+from jobs.store import LeaseLost, cancelled_of, extend_leases, lease, lease_for, move, record
 from media.object_store import ObjectStore
+from models.catalog import Model
+from models.cost import VideoShape
 from models.memory import OutOfMemory
 from models.request import VideoRequest
 
@@ -43,16 +50,21 @@ WORKER_LOST = (
     ObjectLostError,
     WorkerCrashedError,
     GroupBroken,
+    HandedOver,
     CheckpointUnreadable,
 )
 
 
 @dataclass(slots=True)
 class Made:
-    """What a job's earlier attempts have left: the latents, what they took, what to warn of."""
+    """What a job's earlier attempts have left: the latents, what they took, what to warn of.
+
+    step_s: of its steps, by the number of ranks.
+    """
 
     denoised: Denoised | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    step_s: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     warnings: list[str] = field(default_factory=list)
 
 
@@ -75,7 +87,9 @@ class VideoPipeline:
         weights: WorkWeights,
         home: Path,
         webhooks: WebhookConfig,
+        models: dict[str, list[Model]],
     ) -> None:
+        """models: those that each tier serves."""
         self.engine = open_database(database_url)
         migrate(self.engine)
         self.store = store
@@ -97,6 +111,9 @@ class VideoPipeline:
         self.cancelled: set[JobId] = set()
         self.sweeper = Sweeper(self.engine, store, weights, leases, self.owner)
         self.webhooks = WebhookSender(self.engine, read_pepper(home, database_url), webhooks)
+        every = [model for served in models.values() for model in served]
+        self.scaler = Scaler(self.engine, every, tiers)
+        self.served_on = {tier: [model.id for model in served] for tier, served in models.items()}
         self.wanted = asyncio.Event()
         self.cancel_wanted = asyncio.Event()
         self.loops = [
@@ -107,6 +124,7 @@ class VideoPipeline:
                 self._watch_cancellations(),
                 self.sweeper.run(),
                 self.webhooks.run(),
+                self.scaler.run(),
             )
         ]
 
@@ -114,6 +132,14 @@ class VideoPipeline:
         """A job was queued or is to be cancelled: look now instead of at the next poll."""
         self.wanted.set()
         self.cancel_wanted.set()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve hands to the application's policy."""
+        return self.scaler.stats()
+
+    def explain_scaling(self) -> list[dict[str, Any]]:
+        """What every pool has and is to have, and why."""
+        return [decision.json() for decision in self.scaler.decisions]
 
     def check_health(self) -> None:
         """Fail, and so be replaced, if one of the loops has ended."""
@@ -147,20 +173,40 @@ class VideoPipeline:
             for number in range(taken.count(tier.tier), most):
                 # A step scheduler can let overtake only whom it knows of.
                 is_express = number >= tier.jobs_at_once
-                with self.engine.begin() as connection:
-                    job = lease(
-                        connection,
-                        self.owner,
-                        [tier.tier],
-                        self._lease_ms(),
-                        set(self.running),
-                        int(self.leases.ageing_s * 1000),
-                        tier.denoiser.urgency.express_priority if is_express else 0,
-                    )
+                job = self._lease(tier, is_express=is_express)
+                if job is None and not is_express:
+                    job = self._lease_of_helped(tier)
                 if job is None:
                     break
                 leased.append(job)
         return leased
+
+    def _lease(self, tier: TierConfig, *, is_express: bool) -> Job | None:
+        with self.engine.begin() as connection:
+            return lease(
+                connection,
+                self.owner,
+                [tier.tier],
+                self._lease_ms(),
+                set(self.running),
+                int(self.leases.ageing_s * 1000),
+                tier.denoiser.urgency.express_priority if is_express else 0,
+            )
+
+    def _lease_of_helped(self, tier: TierConfig) -> Job | None:
+        """A job that has waited for its own tier for long, and is this one's from now on."""
+        if not tier.helps:
+            return None
+        with self.engine.begin() as connection:
+            return lease_for(
+                connection,
+                self.owner,
+                tier.tier,
+                of_tiers=tier.helps,
+                models=self.served_on[tier.tier],
+                min_wait_ms=int(tier.helps_after_s * 1000),
+                lease_ms=self._lease_ms(),
+            )
 
     async def _extend_leases(self) -> None:
         while True:
@@ -236,9 +282,10 @@ class VideoPipeline:
         if job.cancel_requested or job.id in self.cancelled:
             return cancellation()
         made = Made()
-        for attempt in range(job.attempt, self.leases.max_attempts + 1):
+        lost = again = 0
+        while job.attempt + lost <= self.leases.max_attempts:
             try:
-                await asyncio.sleep((attempt - job.attempt) * BACKOFF_S)
+                await asyncio.sleep(again * BACKOFF_S)
                 return await self._run_stages(job, done, made)
             except asyncio.CancelledError:
                 if job.id in self.cancelled:
@@ -251,7 +298,9 @@ class VideoPipeline:
                     raise
                 return _failure(answer_for(error).code)
             except WORKER_LOST as error:
-                logger.warning("job %s, attempt %d: worker lost: %s", job.id, attempt, error)
+                logger.warning("job %s, attempt %d: %s", job.id, job.attempt + lost, error)
+                again += 1
+                lost += not isinstance(error, HandedOver)  # with that one nothing is lost
             except Exception as error:
                 logger.exception("job %s failed", job.id)
                 return _failure(answer_for(error).code)
@@ -281,6 +330,7 @@ class VideoPipeline:
             made.denoised = denoised  # an encoder or a decoder died, the latents did not
             raise
         seconds = made.seconds | {"decode": published.decode_s, "media": published.media_s}
+        await self._while_held(functools.partial(self._note_times, job, request, made, published))
         return Ending(
             JobState.SUCCEEDED,
             "the work done is charged" if done.text else TEXT_WAS_THERE,
@@ -293,6 +343,18 @@ class VideoPipeline:
                 "skipped_passes": done.skipped,
             },
         )
+
+    def _note_times(
+        self, job: Job, request: VideoRequest, made: Made, published: Published
+    ) -> None:
+        like = (request.model, str(VideoShape.of(request)), job.tier)
+        took_s = [
+            (TimedStage(*like, Phase.DENOISE, degree), statistics.median(steps))
+            for degree, steps in made.step_s.items()
+        ]
+        took_s.append((TimedStage(*like, Phase.DECODE), published.decode_s))
+        with self.engine.begin() as connection:
+            note_times(connection, took_s)
 
     async def _denoise(self, job: Job, request: VideoRequest, done: WorkDone, made: Made) -> None:
         started_s = time.monotonic()
@@ -318,6 +380,8 @@ class VideoPipeline:
         async with _cancelled_on_exit(steps):
             async for denoised in steps:
                 done.reach(denoise=denoised.num_made, skipped=denoised.skipped)
+                if denoised.step_s is not None:
+                    made.step_s[denoised.degree].append(denoised.step_s)
                 await self._record(
                     job,
                     Phase.DENOISE,

@@ -53,6 +53,17 @@ class RequestQuarantined(Exception):
         return f"job {self.job_id} broke the denoiser {self.kills} times"
 
 
+class HandedOver(Exception):
+    """The replica goes away: the job goes on from its checkpoint on another one."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+    def __str__(self) -> str:
+        return f"job {self.job_id} is handed over to another denoiser"
+
+
 class StepLoop:
     """Holds the requests, asks the step scheduler at every boundary, and mends the group."""
 
@@ -71,7 +82,7 @@ class StepLoop:
         self.clock = StepClock(group, config.hang)
         self.traffic = TrafficCounters()
         self.num_taken = self.num_made = 0
-        self.finished: deque[ray.ObjectRef[Any]] = deque(maxlen=KEPT_LATENTS)
+        self.finished: deque[tuple[Held, ray.ObjectRef[Any]]] = deque(maxlen=KEPT_LATENTS)
         self.held: dict[str, Held] = {}
         self.under_way: dict[str, Step] = {}
         self.tasks: set[asyncio.Task[None]] = set()
@@ -79,6 +90,7 @@ class StepLoop:
         self.boundary = asyncio.Event()
         self.acting = asyncio.Lock()
         self.num_between = 0
+        self.is_leaving = False
         self.failure: BaseException | None = None
 
     async def start(self) -> None:
@@ -96,9 +108,12 @@ class StepLoop:
     ) -> AsyncIterator[Denoised]:
         """Yield after each step; whoever leaves earlier stops the request at its next boundary.
 
-        LeaseLost as soon as a later lease of the job asks for the same.
+        LeaseLost as soon as a later lease of the job asks for the same; HandedOver as soon as the
+        replica is to go.
         """
         held = await self._take_in(work, conditioning)
+        if self.is_leaving:
+            raise HandedOver(work.job_id)
         before = [other for other in self.held.values() if other.work.job_id == work.job_id]
         if any(other.work.lease > work.lease for other in before):
             raise LeaseLost(work.job_id)  # a call that was long on its way
@@ -119,6 +134,30 @@ class StepLoop:
                     return
         finally:
             del self.held[held.id]
+
+    async def hand_over(self) -> None:
+        """Save every request at its next step boundary, and have its caller take it elsewhere; take
+        in none from now on. What was finished last is saved as well: its latents go with this
+        process.
+        """
+        self.is_leaving = True
+        done = [held for held, _ in self.finished if not held.saved]
+        await asyncio.gather(
+            *(self._hand_over(held) for held in list(self.held.values())),
+            *(self._save(held, held.state, held.plan) for held in done),
+        )
+
+    async def _hand_over(self, held: Held) -> None:
+        while held.id in self.under_way:
+            self.boundary.clear()
+            await self.boundary.wait()
+        if not held.is_open:
+            return  # its end is being told
+        if held.saving is not None:
+            await held.saving
+        if held.unsaved.steps:
+            await self._save(held, held.state, held.plan)
+        held.fail(HandedOver(held.work.job_id))
 
     async def _take_in(self, work: DenoiseWork, conditioning: Conditioning) -> Held:
         """Read the checkpoint, if there is one, and judge how urgent the request is."""
@@ -211,7 +250,9 @@ class StepLoop:
 
     def _dispatch(self) -> None:
         """Begin the steps that the step scheduler wants on the ranks that are idle."""
-        if not self.ready.is_set() or self.failure is not None or self.num_between:
+        if not self.ready.is_set() or self.failure is not None:
+            return
+        if self.num_between or self.is_leaving:
             return
         by_id = {held.id: held for held in self.held.values() if held.is_open}
         tasks = (self._describe(held) for held in by_id.values())
@@ -275,16 +316,17 @@ class StepLoop:
         self.num_made += 1
         request = together[0].work.request
         skipped = made.states[0].skipped - together[0].state.skipped
+        is_whole = way is together[0].way and not skipped
+        alone_s = took_s if len(together) == 1 else None
         if skipped < request.passes_per_step:  # the model was asked
-            alone_s = took_s if len(together) == 1 else None
             self.clock.note(request.model, way, block, alone_s)
-        plan = way.plans[block.size]
         for held, state, reference in zip(together, made.states, made.references, strict=True):
             held.state, held.state_ref, held.block = state, reference, block
+            held.plan, held.step_s = way.plans[block.size], alone_s if is_whole else None
             held.ran_s += took_s
             held.unsaved.add(took_s)
             if self._save_is_due(held, took_s):
-                held.saving = self._spawn(self._save(held, state, plan))
+                held.saving = self._spawn(self._save(held, state, held.plan))
             if held.steps_left:
                 held.moments.put_nowait(held.moment())
             else:
@@ -295,7 +337,7 @@ class StepLoop:
         if held.saving is not None:
             await held.saving
         latents = ray.put(held.state.latents)
-        self.finished.append(latents)
+        self.finished.append((held, latents))
         held.moments.put_nowait(held.moment(latents))
 
     def _save_is_due(self, held: Held, step_s: float) -> bool:

@@ -11,7 +11,7 @@ from jobs.tables import jobs, now_ms
 NEW_COLUMNS = (
     "id", "account_id", "model", "tier", "priority", "request", "quoted", "quote_exact",
     "reservation_id", "idempotency_key", "fields_hash", "estimated_bytes", "kept_ms",
-    "made_by_retry",
+    "made_by_retry", "shape", "num_steps",
 )  # fmt: skip
 _GIVEN = (jobs.c.number, jobs.c.created_at_ms)
 # Built once: it is run for every job that is made.

@@ -113,3 +113,5 @@ class Job:
     kept_ms: int | None = None
     expires_at_ms: int | None = None
     made_by_retry: bool = False
+    shape: str | None = None
+    num_steps: int = 0

@@ -100,6 +100,27 @@ def lease(
     return _take_first(connection, owner, candidate, lease_ms)
 
 
+def lease_for(
+    connection: Connection,
+    owner: str,
+    tier: str,
+    *,
+    of_tiers: Sequence[str],
+    models: Sequence[str],
+    min_wait_ms: int,
+    lease_ms: int,
+) -> Job | None:
+    """Take, for a tier, the job of others that has waited longest, and min_wait_ms at least."""
+    waiting = and_(
+        jobs.c.state == JobState.QUEUED,
+        jobs.c.tier.in_(of_tiers),
+        jobs.c.model.in_(models),
+        jobs.c.created_at_ms <= now_ms() - min_wait_ms,
+    )
+    candidate = select(jobs.c.number).where(waiting).order_by(jobs.c.number)
+    return _take_first(connection, owner, candidate, lease_ms, tier=tier)
+
+
 def lease_overdue(connection: Connection, owner: str, max_age_ms: int, lease_ms: int) -> Job | None:
     """Take a job of any tier that nobody has finished max_age_ms after it was queued."""
     overdue = and_(jobs.c.created_at_ms < now_ms() - max_age_ms, _is_free())
@@ -113,9 +134,9 @@ def _is_free() -> ColumnElement[bool]:
 
 
 def _take_first(
-    connection: Connection, owner: str, candidates: Select[Any], lease_ms: int
+    connection: Connection, owner: str, candidates: Select[Any], lease_ms: int, **changes: str
 ) -> Job | None:
-    """Lease the first of these jobs that no other transaction is at."""
+    """Lease the first of these jobs that no other transaction is at, and change its columns."""
     first = candidates.limit(1).with_for_update(skip_locked=True, of=jobs)
     row = connection.execute(
         update(jobs)
@@ -126,6 +147,7 @@ def _take_first(
             lease_expires_at_ms=now_ms() + lease_ms,
             started_at_ms=func.coalesce(jobs.c.started_at_ms, now_ms()),
             attempt=jobs.c.attempt + 1,
+            **changes,
         )
         .returning(*jobs.c)
     ).first()

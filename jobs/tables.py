@@ -7,6 +7,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     ColumnElement,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -59,6 +60,9 @@ jobs = Table(
     Column("kept_ms", BigInteger),
     Column("expires_at_ms", BigInteger),
     Column("made_by_retry", Boolean, nullable=False, server_default=false()),
+    # What its work is counted by, `models.cost.VideoShape`; NULL in rows from before there was one.
+    Column("shape", String),
+    Column("num_steps", Integer, nullable=False, server_default=text("0")),
     CheckConstraint(
         "state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="state_known"
     ),
@@ -71,6 +75,7 @@ jobs = Table(
     Index("jobs_same_fields", "account_id", "fields_hash", "number"),
     Index("jobs_of_account_by_state", "account_id", "state"),
     Index("jobs_open", "state", "tier", "priority", "number"),
+    Index("jobs_created", "created_at_ms"),
     Index(
         "jobs_expiring",
         "expires_at_ms",
@@ -100,6 +105,19 @@ job_events = Table(
     Column("skipped", Integer, nullable=False, server_default=text("0")),
     Column("state", String),
     Column("created_at_ms", BigInteger, nullable=False),
+)
+
+# How long a stage takes: a step of a denoise by so many ranks, or the whole of any other.
+stage_times = Table(
+    "stage_times",
+    metadata,
+    Column("model", String, primary_key=True),
+    Column("shape", String, primary_key=True),
+    Column("tier", String, primary_key=True),
+    Column("stage", String, primary_key=True),
+    Column("degree", Integer, primary_key=True),
+    Column("seconds", Float, nullable=False),
+    Column("measured_at_ms", BigInteger, nullable=False),
 )
 
 

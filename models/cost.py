@@ -5,7 +5,10 @@ taken to grow with frames and area. Transformers: 4 L N^2 D for attention, and s
 token for the rest. The tests count all of it again, on the real classes on the meta device.
 """
 
-from models.request import ModelFamily
+from typing import NamedTuple, Self
+
+from models.request import ModelFamily, VideoRequest
+from models.spec import FamilySpec
 from parallel.plan import FrameShape, StepShape, TokenShape
 
 BYTES = 2  # fp16 or bf16
@@ -15,7 +18,42 @@ UNET_PARAMETERS = {
     ModelFamily.SVD: 1_524_600_000,
     ModelFamily.SVD_XT: 1_524_600_000,
 }
+# HunyuanVideo's VAE takes about 100 s on an A100 for 129 frames of 1280 x 720, of some 50 minutes.
+DECODE_S_PER_PIXEL = 100 / (129 * 1280 * 720)
 TEXT_TOKENS = {ModelFamily.Z_IMAGE_VIDEO: 512, ModelFamily.HUNYUAN_VIDEO: 256}
+
+
+class VideoShape(NamedTuple):
+    """All of a request that its time depends on, but for its steps' number; of one family."""
+
+    num_frames: int
+    width: int
+    height: int
+    f_patch_size: int
+    guided: bool
+
+    @classmethod
+    def of(cls, request: VideoRequest) -> Self:
+        """A request's."""
+        size = (request.num_frames, request.width, request.height)
+        return cls(*size, request.f_patch_size, request.guided)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """What __str__ made."""
+        num_frames, width, height, f_patch_size, guided = text.split("x")
+        size = (int(num_frames), int(width), int(height))
+        return cls(*size, int(f_patch_size), guided == "guided")
+
+    def __str__(self) -> str:
+        return "x".join([*map(str, self[:4]), "guided" if self.guided else "alone"])
+
+    def step(self, family: ModelFamily, spec: FamilySpec) -> StepShape:
+        """What one step works on, at the size that is generated."""
+        width, height = spec.generated_size(self.width, self.height)
+        frames = spec.generated_frames(self.num_frames, self.f_patch_size)
+        shape = (family, frames, width, height)
+        return denoise_shape(*shape, f_patch_size=self.f_patch_size, guided=self.guided)
 
 
 def denoise_shape(

@@ -20,6 +20,7 @@ from sqlalchemy import Engine
 from starlette.testclient import TestClient
 
 from autoscaling.tiers import GpuTier, ServedOn
+from bench.clusters import no_pools
 from credits.accounts import Account
 from credits.plans import Plan, PlanTable
 from credits.pricing import PriceTable, WorkWeights
@@ -115,7 +116,7 @@ def parts(
 @pytest.fixture
 def door(engine: Engine, parts: IngressParts) -> Iterator[Door]:
     wakes: list[None] = []
-    app = create_app(parts, lambda: wakes.append(None))
+    app = create_app(parts, lambda: wakes.append(None), no_pools)
     with TestClient(app, raise_server_exceptions=False) as client:
         admission = Admission(engine, parts.store, parts.offers, parts.prices, parts.plans)
         yield Door(client, parts.store, admission, wakes)
@@ -137,7 +138,7 @@ def served(app: FastAPI) -> Iterator[str]:
 @pytest.fixture
 def url(engine: Engine, parts: IngressParts) -> Iterator[str]:
     """A replica of the door's on a port of its own."""
-    with served(create_app(parts, lambda: None)) as url:
+    with served(create_app(parts, lambda: None, no_pools)) as url:
         yield url
 
 

@@ -10,6 +10,7 @@ import pytest
 from openai import ConflictError, NotFoundError, OpenAI
 from sqlalchemy import Engine, func, select
 
+from bench.clusters import no_pools
 from credits.accounts import Account, AccountId, change_account
 from credits.plans import Plan
 from deployments.ingress import IngressParts, create_app
@@ -25,8 +26,8 @@ PRICE = 26
 @pytest.fixture
 def replicas(engine: Engine, parts: IngressParts) -> Iterator[list[str]]:
     with (
-        served(create_app(parts, lambda: None)) as one,
-        served(create_app(parts, lambda: None)) as other,
+        served(create_app(parts, lambda: None, no_pools)) as one,
+        served(create_app(parts, lambda: None, no_pools)) as other,
     ):
         yield [one, other]
 

@@ -11,15 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from autoscaling.simulator import (
-    ClusterConfig,
-    GuaranteedSet,
-    History,
-    Reclaim,
-    Simulator,
-    StepPolicy,
-    step_seconds,
-)
+from autoscaling.simulated_cluster import ClusterConfig, History, Reclaim, StepPolicy
+from autoscaling.simulator import GuaranteedSet, Simulator, step_seconds
 from autoscaling.step_scheduler import Step, StepSchedulerConfig, Task, next_steps
 from autoscaling.workloads import (
     ANIMATEDIFF,

@@ -58,7 +58,8 @@ def run_to_end(
             if task.steps_left > 1:
                 waiting[task.id] = replace(task, steps_left=task.steps_left - 1, block=step.block)
         after = [replace(task, steps_left=task.steps_left - 1) for task in at_work.values()]
-        begun = next_steps(now_s, num_ranks, [*waiting.values(), *after], under_way, config)
+        everyone = sorted([*waiting.values(), *after], key=lambda task: (task.arrived_s, task.id))
+        begun = next_steps(now_s, num_ranks, everyone, under_way, config)
         for step in begun:
             at_work[step.task_id] = waiting.pop(step.task_id)
         under_way += begun
@@ -200,8 +201,8 @@ def test_overload_leaves_out_what_is_worth_least_for_its_work() -> None:
         on_one_gpu("c", deadline_s=26.0, value=1.0),
         on_one_gpu("late", deadline_s=5.0, value=100.0),
     ]
-    kept = guaranteed(0.0, 1, tasks, CONFIG)
-    assert [task.id for task in kept] == ["b", "c"]
+    tasks.sort(key=lambda task: task.deadline_s)
+    assert [task.id for _, _, task in guaranteed(0.0, 1, tasks, CONFIG)] == ["b", "c"]
     history = run_to_end(1, tasks)
     ends = {step.task_id: step.ends_s for step in history}
     assert ends["b"] <= 13.0
@@ -213,10 +214,11 @@ def test_what_is_left_of_those_at_work_is_promised_time_too() -> None:
     under_way = [Step("at-work", Block(0, 1), 1.0)]
     new = on_one_gpu("new", deadline_s=12.0, steps_left=4)
     busy = {step.task_id: step for step in under_way}
-    assert guaranteed(0.0, 1, [new], CONFIG) == [new]
-    assert guaranteed(0.0, 1, [at_work, new], CONFIG, busy) == [new]  # worth more for its work
+    assert guaranteed(0.0, 1, [new], CONFIG) == [(12.0, 4.0, new)]
+    # the new one is worth more for its work
+    assert guaranteed(0.0, 1, [at_work, new], CONFIG, busy) == [(12.0, 4.0, new)]
     precious = replace(at_work, value=10.0)
-    assert guaranteed(0.0, 1, [precious, new], CONFIG, busy) == [precious]
+    assert guaranteed(0.0, 1, [precious, new], CONFIG, busy) == [(10.0, 8.0, precious)]
     # a free rank beside it is not given to it a second time
     assert next_steps(0.0, 2, [at_work], under_way, CONFIG) == []
 

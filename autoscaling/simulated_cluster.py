@@ -1,0 +1,155 @@
+"""What a simulated cluster is made of: its configuration, nodes, requests and history."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from autoscaling.step_scheduler import Step, Task
+from autoscaling.urgency import UrgencyConfig
+from autoscaling.workloads import Asked
+from credits.plans import PlanTable
+
+
+class NodePolicy(Protocol):
+    """Says how many nodes there are to be."""
+
+    def nodes(self, fleet: "Fleet") -> int:
+        """Asked every `scale_every_s`; those that are coming count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """What a NodePolicy is asked about.
+
+    coming_s: in how many seconds each node that was asked for will be ready. jobs: all of them, the
+    oldest first; queued: those that no node has taken.
+    """
+
+    now_s: float
+    ready: int
+    coming_s: tuple[float, ...]
+    jobs: Sequence["Job"]
+    open_jobs: Collection["Job"]
+    queued: Collection["Job"]
+    utilisation: float
+
+
+class StepPolicy(Protocol):
+    """Says which steps begin on the ranks of one node."""
+
+    def next_steps(
+        self,
+        now_s: float,
+        num_ranks: int,
+        tasks: Collection[Task],
+        under_way: Sequence[Step],
+    ) -> list[Step]:
+        """As `step_scheduler.next_steps`; called at every event of the node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reclaim:
+    """A node that goes away: told notice_s before; 0: it dies unforeseen."""
+
+    node: int
+    gone_s: float
+    notice_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """num_nodes of gpus_per_node A100s each, to begin with.
+
+    slots: so many requests a node takes, running and parked, the others wait in the cluster's
+    queue; None: any number. cold_start_s: from asking for a node to its first step. ageing_s: see
+    `jobs.order`. switch_s: what it costs to go on with a request on other ranks than before;
+    cost_error: how far the true step times are from those that are expected, as the standard
+    deviation of their logarithm, drawn for every request; checkpoint_s: a request is saved when it
+    has run for so long since it was saved last, and what it made since is lost if its node dies
+    without notice.
+    """
+
+    num_nodes: int = 1
+    gpus_per_node: int = 8
+    slots: int | None = None
+    cold_start_s: float = 360.0
+    scale_every_s: float = 10.0
+    ageing_s: float = 600.0
+    switch_s: float = 0.1
+    cost_error: float = 0.0
+    checkpoint_s: float = 30.0
+    reclaims: tuple[Reclaim, ...] = ()
+    urgency: UrgencyConfig = field(default_factory=UrgencyConfig)
+    plans: PlanTable = field(default_factory=PlanTable)
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """A request in the simulated cluster.
+
+    task.steps_left is what it will be when the step under way has ended. slowness: by which its
+    steps take longer than expected. saved_left: steps left at the last checkpoint, made when it had
+    run for saved_ran_s. gpu_s: what its steps took; lost_steps: made again.
+    """
+
+    asked: Asked
+    task: Task
+    slowness: float
+    saved_left: int
+    finished_s: float | None = None
+    ran_s: float = 0.0
+    saved_ran_s: float = 0.0
+    gpu_s: float = 0.0
+    lost_steps: int = 0
+    num_moves: int = 0
+
+    @property
+    def in_time(self) -> bool:
+        """It ended by its deadline."""
+        return self.finished_s is not None and self.finished_s <= self.task.deadline_s + 1e-6
+
+    @property
+    def latency_s(self) -> float:
+        """From its arrival to its end. ValueError if it has none."""
+        if self.finished_s is None:
+            raise ValueError(f"request {self.task.id} has not ended")
+        return self.finished_s - self.asked.arrived_s
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """GPUs that share steps, and the requests that were handed to them.
+
+    load_s: GPU-seconds of all of them, on one GPU each; wasted_gpus: since seen_s. It is paid for
+    from asked_s on.
+    """
+
+    num_gpus: int
+    policy: StepPolicy
+    jobs: dict[str, Job] = field(default_factory=dict)
+    under_way: dict[str, Step] = field(default_factory=dict)
+    load_s: float = 0.0
+    is_leaving: bool = False
+    is_ready: bool = True
+    seen_s: float = 0.0
+    wasted_gpus: int = 0
+    asked_s: float = 0.0
+
+    def idle_gpus(self) -> int:
+        """Those without a step."""
+        return self.num_gpus - sum(step.block.size for step in self.under_way.values())
+
+
+@dataclass(slots=True)
+class History:
+    """What happened. busy_s: GPU-seconds of steps; waste_s: of idle GPUs while somebody waited;
+    node_s: node-seconds that were paid for.
+    """
+
+    jobs: list[Job] = field(default_factory=list)
+    end_s: float = 0.0
+    busy_s: float = 0.0
+    waste_s: float = 0.0
+    node_s: float = 0.0
+    decisions: list[tuple[int, float]] = field(default_factory=list)
+    """Of every question to a policy while a GPU was idle: the requests at the node, and seconds."""
