@@ -145,7 +145,7 @@ class VideoPipeline:
         """Fail, and so be replaced, if one of the loops has ended."""
         for loop in self.loops:
             if loop.done():
-                loop.result()
+                logger.error("%s has ended", loop, exc_info=loop.exception())  # Serve tells no why
                 raise RuntimeError(f"{loop} has ended")
 
     async def _lease_jobs(self) -> None:

@@ -5,7 +5,7 @@ import functools
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ class Scaler:
     def _count(self, application: str) -> None:
         now_s = time.monotonic()
         for name, deployment in serve.status().applications[application].deployments.items():
-            states = {state.value: n for state, n in deployment.replica_states.items()}
+            states: Mapping[Any, int] = deployment.replica_states  # by name, whatever its type says
             ready = states.get("RUNNING", 0)
             coming = states.get("STARTING", 0) + states.get("UPDATING", 0)
             self.pools[name].count(ready, coming, now_s)

@@ -164,6 +164,7 @@ def test_a_pool_goes_from_nothing_to_where_its_tier_is_and_back(
 ) -> None:
     names = [f"Denoiser-{tier}", f"VaeDecoder-{tier}"]
     wait_until(lambda: all(replicas(name) == 0 for name in names), 60)
+    wait_until(lambda: names[0] in pools(tiers), 30)
     idle = pools(tiers)[names[0]]
     assert (idle["wanted"], idle["reason"]) == (0, "idle")
     with Client(tiers) as client:
