@@ -25,11 +25,17 @@ demo: setup
 serve: setup
 	@exec $(BIN)/python -m deployments.launch --port $(PORT)
 
+# What starts no cluster, by several processes; clusters have the machine to themselves.
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 \
+	--dist loadfile tests/unit tests/parallel tests/sources tests/database tests/k8s
+
 test: setup
-	$(BIN)/python -m pytest -m "not long"
+	$(SIDE_BY_SIDE) -m "not long"
+	$(BIN)/python -m pytest -m "not long" tests/serve
 
 test-all: setup
-	$(BIN)/python -m pytest
+	$(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest tests/serve
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit

@@ -241,7 +241,7 @@ def test_a_killed_replica_costs_neither_the_job_nor_a_second_charge(
     "deployment",
     [
         "VaeDecoder-local",
-        "MediaEncoder",
+        pytest.param("MediaEncoder", marks=pytest.mark.long),
         # these two are killed while they have more to lose, above
         pytest.param("Denoiser-local", marks=pytest.mark.long),
         pytest.param("VideoPipeline", marks=pytest.mark.long),

@@ -128,6 +128,7 @@ def ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@pytest.mark.long
 def test_an_interrupt_of_any_thread_stops_everything_even_if_it_was_ignored_at_start(
     config_path: Path, tmp_path: Path
 ) -> None:
