@@ -71,6 +71,7 @@ class Simulator:
         self.rng = random.Random(seed)
         self.time_decisions = time_decisions
         self.nodes = [Node(config.gpus_per_node, make_policy()) for _ in range(config.num_nodes)]
+        self.taking = list(self.nodes)
         self.history = History()
         self.now_s = 0.0
         self.step_s: dict[str, Mapping[int, float]] = {}
@@ -142,6 +143,7 @@ class Simulator:
     def _become_ready(self, node: Node) -> None:
         if not node.is_leaving:
             node.is_ready, node.seen_s = True, self.now_s
+            self.taking.append(node)
             self._take_from_queue()
 
     def _let_go(self, node: Node) -> None:
@@ -192,9 +194,8 @@ class Simulator:
     def _hand_over(self, job: Job) -> None:
         """To a node, or into the queue if none has a slot."""
         if self.config.slots is None:
-            taking = [node for node in self.nodes if node.is_ready and not node.is_leaving]
-            if taking:
-                self._take(job, taking)
+            if self.taking:
+                self._take(job, self.taking)
             return
         self.queue[int(job.task.id)] = job
         self._take_from_queue()
@@ -203,11 +204,7 @@ class Simulator:
         """As pipelines lease jobs, in the queue's order."""
         slots = self.config.slots
         while self.queue and slots is not None:
-            taking = [
-                node
-                for node in self.nodes
-                if node.is_ready and not node.is_leaving and len(node.jobs) < slots
-            ]
+            taking = [node for node in self.taking if len(node.jobs) < slots]
             if not taking:
                 return
             number = next(iter(self.queue)) if len(self.queue) == 1 else self._next_in_line()
@@ -284,11 +281,17 @@ class Simulator:
             self._move(node, job, job.task.steps_left)
         self._let_go(node)
 
+    def _close(self, node: Node) -> None:
+        """It takes no request from now on."""
+        node.is_leaving = True
+        if node in self.taking:
+            self.taking.remove(node)
+
     def _leave(self, node: Node) -> None:
         """The node was told: who is at a boundary goes at once, the others at their next one, and
         their last state is saved until then.
         """
-        node.is_leaving = True
+        self._close(node)
         for job in list(node.jobs.values()):
             if job.task.id in node.under_way:
                 job.saved_left = job.task.steps_left + 1
@@ -297,7 +300,7 @@ class Simulator:
 
     def _die(self, node: Node) -> None:
         """Whoever is still there goes on from what was saved of it."""
-        node.is_leaving = True
+        self._close(node)
         node.under_way.clear()
         for job in list(node.jobs.values()):
             job.lost_steps += job.saved_left - job.task.steps_left

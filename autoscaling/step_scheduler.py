@@ -212,9 +212,11 @@ def guaranteed(
     least: list[tuple[float, int]] = []
     total, per_s = 0.0, config.capacity * num_ranks
     for task in by_deadline:
-        step = busy.get(task.id)
-        work = task.least_work(now_s if step is None else step.ends_s, task.deadline_s)
-        if not work:  # too late, or its last step is under way
+        start_s = busy[task.id].ends_s if task.id in busy else now_s
+        if task.steps_left * task.quickest_s > task.deadline_s - start_s:
+            continue  # too late; not asked further, since it has a later deadline in mind
+        work = task.least_work(start_s, task.deadline_s)
+        if not work:  # its last step is under way
             continue
         heapq.heappush(least, (task.value / work, len(kept)))
         kept.append((task.deadline_s, work, task))
