@@ -27,14 +27,19 @@ IN_TRIAL = {
 }
 
 
-def best_degree(task: Task, num_ranks: int) -> int:
-    """The largest whose ranks are kept busy to EFFICIENT."""
+def efficient_degrees(task: Task, num_ranks: int) -> list[int]:
+    """Those whose ranks are kept busy to EFFICIENT, smallest first."""
     smallest, step_s = task.sizes[0]
-    return max(
+    return [
         degree
         for degree, seconds in task.sizes
         if degree <= num_ranks and smallest * step_s >= EFFICIENT * degree * seconds
-    )
+    ]
+
+
+def best_degree(task: Task, num_ranks: int) -> int:
+    """The largest of those."""
+    return efficient_degrees(task, num_ranks)[-1]
 
 
 def seconds(task: Task, degree: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from autoscaling.pool_scaling import PoolScaling
 from autoscaling.simulated_cluster import ClusterConfig, History, NodePolicy
-from autoscaling.simulated_scaling import ByDemandScaling
+from autoscaling.simulated_scaling import ByDemandScaling, ServeDelays
 from autoscaling.simulator import GuaranteedSet, Simulator
 from autoscaling.urgency import PlanUrgency, UrgencyConfig
 from autoscaling.workloads import (
@@ -40,9 +40,10 @@ URGENCY = UrgencyConfig(
     ageing_s=1e9,
     work_exponent=0.0,
 )
-POOL = PoolScaling(load=0.9, cold_start_s=COLD_START_S, keep_warm_s=600.0, usual_days=0)
+POOL = PoolScaling(load=0.92, cold_start_s=COLD_START_S, keep_warm_s=600.0, usual_days=0)
+DOWN_S = 60.0
 SCALERS: dict[str, Callable[[], NodePolicy]] = {
-    "by-demand": lambda: ByDemandScaling(URGENCY, POOL),
+    "by-demand": lambda: ByDemandScaling(URGENCY, POOL, delays=ServeDelays(0.0, DOWN_S)),
     "ray-default-2": lambda: RayServe(2.0),
     "ray-4": lambda: RayServe(4.0),
     "ray-6": lambda: RayServe(6.0),
