@@ -15,7 +15,7 @@ from autoscaling.tiers import GpuTier
 from autoscaling.urgency import UrgencyConfig, judge
 from jobs.demand import JobGroup
 from models.cost import VideoShape
-from models.request import VideoRequest
+from models.request import read_stored
 
 SMOOTH_S = 900.0
 """Over which what comes is averaged; a third of the time that is looked back over."""
@@ -112,13 +112,13 @@ def _of(gpus: TierGpus, costs: Costs) -> Callable[[JobGroup], bool]:
 def _shape(group: JobGroup) -> VideoShape:
     if group.shape is not None:
         return VideoShape.parse(group.shape)
-    return VideoShape.of(VideoRequest.model_validate(group.sample))
+    return VideoShape.of(read_stored(group.sample or {}))
 
 
 def _steps(group: JobGroup) -> int:
     if group.shape is not None:
         return group.num_steps
-    return VideoRequest.model_validate(group.sample).num_steps * group.num_jobs
+    return read_stored(group.sample or {}).num_steps * group.num_jobs
 
 
 def _work_s(group: JobGroup, gpus: TierGpus, costs: Costs) -> float:

@@ -57,22 +57,39 @@ class Reclaim:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeStart:
+    """What lies between asking for a node and its first step, in seconds."""
+
+    machine_s: float = 100.0
+    image_s: float = 120.0
+    ray_s: float = 30.0
+    weights_s: float = 60.0
+    warm_up_s: float = 50.0
+
+    @property
+    def total_s(self) -> float:
+        """All of it."""
+        return self.machine_s + self.image_s + self.ray_s + self.weights_s + self.warm_up_s
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterConfig:
     """num_nodes of gpus_per_node A100s each, to begin with.
 
     slots: so many requests a node takes, running and parked, the others wait in the cluster's
-    queue; None: any number. cold_start_s: from asking for a node to its first step. ageing_s: see
-    `jobs.order`. switch_s: what it costs to go on with a request on other ranks than before;
-    cost_error: how far the true step times are from those that are expected, as the standard
-    deviation of their logarithm, drawn for every request; checkpoint_s: a request is saved when it
-    has run for so long since it was saved last, and what it made since is lost if its node dies
-    without notice.
+    queue; None: any number. start: of a node that is asked for. card_gb: memory of each GPU; None:
+    everything fits at any degree. ageing_s: see `jobs.order`. switch_s: what it costs to go on with
+    a request on other ranks than before; cost_error: how far the true step times are from those
+    that are expected, as the standard deviation of their logarithm, drawn for every request;
+    checkpoint_s: a request is saved when it has run for so long since it was saved last, and what
+    it made since is lost if its node dies without notice.
     """
 
     num_nodes: int = 1
     gpus_per_node: int = 8
     slots: int | None = None
-    cold_start_s: float = 360.0
+    start: NodeStart = NodeStart()
+    card_gb: float | None = None
     scale_every_s: float = 10.0
     ageing_s: float = 600.0
     switch_s: float = 0.1
@@ -87,7 +104,8 @@ class ClusterConfig:
 class Job:
     """A request in the simulated cluster.
 
-    task.steps_left is what it will be when the step under way has ended. slowness: by which its
+    task.steps_left is what it will be when the step under way has ended. turn: in the queue, 0
+    before it came there. slowness: by which its
     steps take longer than expected. saved_left: steps left at the last checkpoint, made when it had
     run for saved_ran_s. gpu_s: what its steps took; lost_steps: made again.
     """
@@ -96,6 +114,7 @@ class Job:
     task: Task
     slowness: float
     saved_left: int
+    turn: int = 0
     finished_s: float | None = None
     ran_s: float = 0.0
     saved_ran_s: float = 0.0

@@ -9,7 +9,6 @@ import heapq
 import math
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,9 +24,11 @@ from autoscaling.simulated_cluster import (
 )
 from autoscaling.step_scheduler import Step, StepSchedulerConfig, Task, next_steps
 from autoscaling.urgency import judge
-from autoscaling.workloads import Asked, VideoKind
-from jobs.order import Waiting, next_in_line
+from autoscaling.workloads import WEIGHTS_GB, Asked, VideoKind
+from jobs.order import Waiting, next_in_line, next_turn
 from parallel.plan import P4D, quickest_plans
+
+USABLE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +44,18 @@ class GuaranteedSet:
         return next_steps(now_s, num_ranks, tasks, under_way, self.config)
 
 
-def step_seconds(kind: VideoKind, gpus: int) -> dict[int, float]:
-    """By degree, for every degree at which so many A100s can share a step and one was measured."""
-    degrees = [degree for degree in kind.measured_s if degree <= gpus]
+def step_seconds(kind: VideoKind, gpus: int, card_gb: float | None = None) -> dict[int, float]:
+    """By degree, for every degree at which so many A100s can share a step and one was measured, and
+    at which it fits beside the weights of all families, where a card's memory is told.
+
+    ValueError if there is none.
+    """
+    degrees = [
+        degree
+        for degree in kind.measured_s
+        if degree <= gpus
+        and (card_gb is None or WEIGHTS_GB + kind.memory_gb(degree) <= card_gb * USABLE)
+    ]
     plans = quickest_plans(kind.shape, gpus, P4D, degrees)
     return {degree: kind.measured_s[degree] for degree in sorted(plans)}
 
@@ -118,7 +128,7 @@ class Simulator:
             Fleet(
                 self.now_s,
                 ready,
-                tuple(node.asked_s + self.config.cold_start_s - self.now_s for node in coming),
+                tuple(node.asked_s + self.config.start.total_s - self.now_s for node in coming),
                 self.history.jobs,
                 self.open.values(),
                 self.queue.values(),
@@ -138,7 +148,7 @@ class Simulator:
         node = Node(self.config.gpus_per_node, self.make_policy(), is_ready=False)
         node.asked_s = node.seen_s = self.now_s
         self.nodes.append(node)
-        self._at(self.now_s + self.config.cold_start_s, self._become_ready, node)
+        self._at(self.now_s + self.config.start.total_s, self._become_ready, node)
 
     def _become_ready(self, node: Node) -> None:
         if not node.is_leaving:
@@ -166,7 +176,9 @@ class Simulator:
         self._next_arrival(coming)
         kind = asked.kind
         if kind.name not in self.step_s:
-            self.step_s[kind.name] = step_seconds(kind, self.config.gpus_per_node)
+            self.step_s[kind.name] = step_seconds(
+                kind, self.config.gpus_per_node, self.config.card_gb
+            )
         step_s = self.step_s[kind.name]
         urgency = judge(
             self.config.urgency,
@@ -197,6 +209,15 @@ class Simulator:
             if self.taking:
                 self._take(job, self.taking)
             return
+        if not job.turn:
+            others = [other.turn for other in self.open.values() if other.turn]
+            account = job.asked.account
+            own = [
+                other.turn
+                for other in self.open.values()
+                if other.turn and other.asked.account == account
+            ]
+            job.turn = next_turn(own, others)
         self.queue[int(job.task.id)] = job
         self._take_from_queue()
 
@@ -212,19 +233,16 @@ class Simulator:
 
     def _next_in_line(self) -> int:
         """The live queue's order."""
-        running = Counter(
-            str(job.asked.account) for node in self.nodes for job in node.jobs.values()
-        )
         waiting = [
             Waiting(
                 number,
-                str(job.asked.account),
                 self.config.plans.limits[job.asked.plan].priority,
+                job.turn,
                 int(1000 * (self.now_s - job.asked.arrived_s)),
             )
             for number, job in self.queue.items()
         ]
-        return next_in_line(waiting, running, int(1000 * self.config.ageing_s))[0]
+        return next_in_line(waiting, int(1000 * self.config.ageing_s))[0]
 
     def _take(self, job: Job, taking: list[Node]) -> None:
         """The one of two nodes with less work, where Serve's router compares requests."""

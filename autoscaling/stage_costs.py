@@ -13,24 +13,28 @@ from jobs.job import Phase
 from jobs.stage_times import TimedStage
 from models.catalog import Model
 from models.cost import DECODE_S_PER_PIXEL, VideoShape
+from models.request import ModelFamily
+from models.spec import FamilySpec
 from parallel.plan import P4D, predict_step, quickest_plans
 
 
 @dataclass(frozen=True, slots=True)
 class TierGpus:
-    """So many GPUs make the steps of a tier's replica; degrees: at which they may, None: any."""
+    """So many GPUs make the steps of a tier's replica."""
 
     tier: GpuTier
     count: int = 1
-    degrees: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StageCosts:
-    """measured: seconds of stages, by model, shape, tier and degree."""
+    """measured: seconds of stages, by model, shape, tier and degree; ratios: of them to what was
+    predicted, once asked for.
+    """
 
     models: Mapping[str, Model]
     measured: Mapping[TimedStage, float] = field(default_factory=dict)
+    ratios: dict[tuple[str, TierGpus], float] = field(default_factory=dict)
 
     def serves(self, model: str) -> bool:
         """Whether there is such a model."""
@@ -59,28 +63,31 @@ class StageCosts:
 
     def _predicted(self, model: str, shape: VideoShape, gpus: TierGpus) -> dict[int, float]:
         entry = self.models[model]
-        step = shape.step(entry.manifest.family, entry.spec)
-        topology = replace(P4D, gpus_per_node=gpus.count)
-        speed = SPEED.get(gpus.tier, 1.0)
-        found = quickest_plans(step, gpus.count, topology, gpus.degrees)
-        return {
-            degree: predict_step(step, plan, topology).step_s / speed
-            for degree, plan in found.items()
-        }
-
-    @functools.cached_property
-    def _measured_steps(self) -> dict[tuple[str, str], list[tuple[TimedStage, float]]]:
-        found: dict[tuple[str, str], list[tuple[TimedStage, float]]] = {}
-        for stage, seconds in self.measured.items():
-            if stage.stage is Phase.DENOISE and stage.model in self.models:
-                found.setdefault((stage.model, stage.tier), []).append((stage, seconds))
-        return found
+        return predict_steps(entry.manifest.family, entry.spec, shape, gpus)
 
     def _ratio(self, model: str, gpus: TierGpus) -> float:
         """By how much the model's steps on that tier are longer than predicted."""
-        ratios = []
-        for stage, seconds in self._measured_steps.get((model, gpus.tier), []):
-            predicted = self._predicted(model, VideoShape.parse(stage.shape), gpus)
-            if stage.degree in predicted:
-                ratios.append(seconds / predicted[stage.degree])
-        return statistics.median(ratios) if ratios else 1.0
+        if (model, gpus) not in self.ratios:
+            found = [
+                seconds / predicted[stage.degree]
+                for stage, seconds in self.measured.items()
+                if (stage.model, stage.tier, stage.stage) == (model, gpus.tier, Phase.DENOISE)
+                and stage.degree
+                in (predicted := self._predicted(model, VideoShape.parse(stage.shape), gpus))
+            ]
+            self.ratios[model, gpus] = statistics.median(found) if found else 1.0
+        return self.ratios[model, gpus]
+
+
+@functools.lru_cache(maxsize=4096)
+def predict_steps(
+    family: ModelFamily, spec: FamilySpec, shape: VideoShape, gpus: TierGpus
+) -> dict[int, float]:
+    """Seconds of a step on a tier's GPUs, by the number of ranks."""
+    step = shape.step(family, spec)
+    topology = replace(P4D, gpus_per_node=gpus.count)
+    speed = SPEED.get(gpus.tier, 1.0)
+    found = quickest_plans(step, gpus.count, topology)
+    return {
+        degree: predict_step(step, plan, topology).step_s / speed for degree, plan in found.items()
+    }

@@ -10,14 +10,16 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from credits.plans import Plan
 from models.cost import denoise_shape
 from models.request import ModelFamily
-from parallel.plan import StepShape
+from parallel.plan import StepShape, TokenShape
 
+# Weights of the three families' denoisers in 16 bits, all on every GPU: 26, 3.0 and 2.6 GB.
+WEIGHTS_GB = 31.6
 A100_OF_L20 = 54.4 / 118
 
 
@@ -38,6 +40,16 @@ class VideoKind:
         """Of a step."""
         guided = self.family is not ModelFamily.HUNYUAN_VIDEO
         return denoise_shape(self.family, self.num_frames, self.width, self.height, guided=guided)
+
+    def memory_gb(self, degree: int) -> float:
+        """Of each GPU, for the activations of a step that so many share.
+
+        74 GB less 26 of weights was seen on one GPU, for HunyuanVideo's largest video; the UNets'
+        are small beside that.
+        """
+        shape = self.shape
+        tokens = shape.num_tokens if isinstance(shape, TokenShape) else 0
+        return 48.0 * tokens / 119_056 / degree
 
     @property
     def work_s(self) -> float:
@@ -79,6 +91,15 @@ KINDS = (
     _hunyuan(65, 1280, 720, 37.53, 21.0, 10.7, 5.8),
     _hunyuan(129, 1280, 720, 118.0, 64.48, 31.92, 16.35),
 )
+# What TridentServe's trace of HunyuanVideo asks for, in six steps each.
+HETU_KINDS = tuple(
+    replace(kind, num_steps=6)
+    for kind in (
+        _hunyuan(17, 960, 544, 2.77, 1.83, 1.02, 0.68),
+        _hunyuan(17, 1280, 720, 5.84, 3.61, 1.86, 1.08),
+        *KINDS[2:],
+    )
+)
 MIX = (0.25, 0.25, 0.20, 0.12, 0.06, 0.07, 0.03, 0.02)
 # For days on which what is asked for changes: short videos mostly, long ones mostly.
 SMALL_MIX = (0.45, 0.45, 0.10, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -97,9 +118,9 @@ class Asked(NamedTuple):
     account: int
 
 
-def mean_work_s(mix: Mix = MIX) -> float:
+def mean_work_s(mix: Mix = MIX, kinds: Sequence[VideoKind] = KINDS) -> float:
     """GPU-seconds of one request of a mix, on one GPU."""
-    return sum(share * kind.work_s for share, kind in zip(mix, KINDS, strict=True))
+    return sum(share * kind.work_s for share, kind in zip(mix, kinds, strict=True))
 
 
 def requests(
@@ -108,22 +129,23 @@ def requests(
     *,
     plans: Mapping[Plan, float] | None = None,
     mix: Callable[[float], Mix] = lambda _: MIX,
+    kinds: Sequence[VideoKind] = KINDS,
     num_accounts: int = 500,
 ) -> Iterator[Asked]:
     """One request at each arrival. plans: their shares, by default everyone's is the basic one;
-    mix: of the kinds, at a moment. Accounts by Zipf's law, exponent 0.8, as in GenTD26.
+    mix: shares of the kinds, at a moment. Accounts by Zipf's law, exponent 0.8, as in GenTD26.
     """
-    kinds: dict[Mix, list[float]] = {}
+    shares_of: dict[Mix, list[float]] = {}
     zipf = list(itertools.accumulate((n + 1) ** -0.8 for n in range(num_accounts)))
     chosen = plans or {Plan.BASIC: 1.0}
     names, shares = list(chosen), list(itertools.accumulate(chosen.values()))
     for arrived_s in arrivals:
         now = mix(arrived_s)
-        if now not in kinds:
-            kinds[now] = list(itertools.accumulate(now))
+        if now not in shares_of:
+            shares_of[now] = list(itertools.accumulate(now))
         yield Asked(
             arrived_s,
-            KINDS[_drawn(rng, kinds[now])],
+            kinds[_drawn(rng, shares_of[now])],
             names[_drawn(rng, shares)],
             _drawn(rng, zipf),
         )
@@ -159,6 +181,11 @@ def work_of_day(moment_s: float, mean: float, peak: float = 1.7) -> float:
 def mix_of_day(moment_s: float) -> Mix:
     """Short videos and long ones in turn, for three hours each."""
     return SMALL_MIX if int(moment_s / 10_800) % 2 == 0 else LARGE_MIX
+
+
+def steady(rng: random.Random, per_s: float) -> Iterator[float]:
+    """At equal distances."""
+    return itertools.count(rng.random() / per_s, 1 / per_s)
 
 
 def bursts(

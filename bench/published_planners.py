@@ -82,7 +82,9 @@ class TridentServe:
         return turn.begun
 
     def _options(self, task: Task, num_ranks: int, now_s: float) -> list[Option]:
-        least = max((k for s, k in self.least_degrees if task.step_s[1] > s), default=1)
+        smallest, step_s = task.sizes[0]
+        alone_s = smallest * step_s
+        least = max((degree for step, degree in self.least_degrees if alone_s > step), default=1)
         found = []
         for degree in efficient_degrees(task, num_ranks):
             if degree >= least:

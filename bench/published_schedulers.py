@@ -111,8 +111,11 @@ class ToTheEnd:
 
 
 def fixed(degree: int) -> Callable[[Task, int], int]:
-    """Everyone's degree, or the next smaller that a task has."""
-    return lambda task, num_ranks: max(d for d, _ in task.sizes if d <= min(degree, num_ranks))
+    """Everyone's degree, or the next that a task has, smaller if there is one."""
+    return lambda task, num_ranks: max(
+        (size for size, _ in task.sizes if size <= min(degree, num_ranks)),
+        default=task.sizes[0][0],
+    )
 
 
 def by_arrival(task: Task) -> float:

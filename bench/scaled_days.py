@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoscaling.pool_scaling import PoolScaling
-from autoscaling.simulated_cluster import ClusterConfig, History, NodePolicy
+from autoscaling.simulated_cluster import ClusterConfig, History, NodePolicy, NodeStart
 from autoscaling.simulated_scaling import ByDemandScaling, ServeDelays
 from autoscaling.simulator import GuaranteedSet, Simulator
 from autoscaling.urgency import PlanUrgency, UrgencyConfig
@@ -29,7 +29,6 @@ from autoscaling.workloads import (
 from bench.published_scalers import DisagFusion, Keda, RayServe, Static
 
 GPUS = 8
-COLD_START_S = 360.0
 SLOTS = 16
 MEAN_NODES = 4.0
 PEAK_NODES = 8
@@ -40,7 +39,7 @@ URGENCY = UrgencyConfig(
     ageing_s=1e9,
     work_exponent=0.0,
 )
-POOL = PoolScaling(load=0.92, cold_start_s=COLD_START_S, keep_warm_s=600.0, usual_days=0)
+POOL = PoolScaling(load=0.92, cold_start_s=NodeStart().total_s, keep_warm_s=600.0, usual_days=0)
 DOWN_S = 60.0
 SCALERS: dict[str, Callable[[], NodePolicy]] = {
     "by-demand": lambda: ByDemandScaling(URGENCY, POOL, delays=ServeDelays(0.0, DOWN_S)),
@@ -91,7 +90,7 @@ def simulate_day(
 ) -> dict[str, float]:
     """One run. over_bound: node-hours over those that the work takes, on one GPU each."""
     asked = DAYS[day].requests(seed, hours)
-    config = ClusterConfig(num_nodes=3, slots=SLOTS, cold_start_s=COLD_START_S, urgency=URGENCY)
+    config = ClusterConfig(num_nodes=3, slots=SLOTS, urgency=URGENCY)
     simulator = Simulator(config, GuaranteedSet, seed=seed, scaling=scalers[scaler]())
     return figures_of_day(simulator.run(asked))
 

@@ -178,8 +178,10 @@ class TierConfig(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def ranks(self) -> int:
-        """Of a denoiser's replica, as far as is told."""
-        return 1 if self.gpu is None else self.gpu.count
+        """Of a denoiser's replica, as far as is told: by `gpu`, else by `degrees`."""
+        if self.gpu is not None:
+            return self.gpu.count
+        return max(self.denoiser.degrees or (1,))
 
 
 class LimitsConfig(BaseModel, frozen=True, extra="forbid"):

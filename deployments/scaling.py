@@ -148,7 +148,7 @@ class Scaler:
         arrived: Sequence[JobGroup],
         costs: StageCosts,
     ) -> list[Decision]:
-        gpus = TierGpus(tier.tier, tier.ranks, tier.denoiser.degrees)
+        gpus = TierGpus(tier.tier, tier.ranks)
         config = tier.scaling
         demand = measure_demand(
             gpus,

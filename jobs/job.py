@@ -115,3 +115,4 @@ class Job:
     made_by_retry: bool = False
     shape: str | None = None
     num_steps: int = 0
+    turn: int = 0

@@ -11,6 +11,8 @@ from jobs.tables import now_ms, stage_times
 
 # A stage that waited for its turn seems to take longer, never shorter.
 SHORTER, LONGER = 0.5, 0.05
+# Users may ask for any number of sizes: of so many, those that were measured last say enough.
+READ = 512
 
 
 class TimedStage(NamedTuple):
@@ -45,8 +47,9 @@ def note_times(connection: Connection, took_s: Collection[tuple[TimedStage, floa
 
 
 def read_times(connection: Connection) -> dict[TimedStage, float]:
-    """Seconds of all that was ever measured."""
+    """Seconds of those that were measured last."""
+    query = select(stage_times).order_by(stage_times.c.measured_at_ms.desc()).limit(READ)
     return {
         TimedStage(row.model, row.shape, row.tier, Phase(row.stage), row.degree): row.seconds
-        for row in connection.execute(select(stage_times))
+        for row in connection.execute(query)
     }

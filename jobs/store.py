@@ -22,7 +22,7 @@ from sqlalchemy import (
 
 from jobs.events import append_event
 from jobs.job import FINAL_STATES, Job, JobId, JobState, Outcome, Phase, Progress
-from jobs.order import rank_free_jobs
+from jobs.order import first_in_line
 from jobs.tables import jobs, now_ms
 
 DEFAULT_AGEING_MS = 600_000
@@ -86,18 +86,9 @@ def lease(
     but: jobs that owner is at work on, whose leases it let run out unawares. ageing_ms: see
     `jobs.order`. min_priority: none of a lower one.
     """
-    wanted = and_(jobs.c.tier.in_(tiers), jobs.c.priority >= min_priority)
-    free = and_(wanted, jobs.c.id.not_in(but), _is_free())
-    ranked = rank_free_jobs(free, ageing_ms)
-    # PostgreSQL locks no rows of a query with a window: `free` is asked again outside, where the
-    # row that is locked is read anew.
-    candidate = (
-        select(jobs.c.number)
-        .join(ranked, ranked.c.number == jobs.c.number)
-        .where(free)
-        .order_by(ranked.c.level.desc(), ranked.c.turn, ranked.c.number)
-    )
-    return _take_first(connection, owner, candidate, lease_ms)
+    abandoned = and_(_HAS_RUN_OUT, jobs.c.id.not_in(but))
+    first = first_in_line(jobs.c.tier.in_(tiers), min_priority, ageing_ms, abandoned)
+    return _take(connection, owner, first, lease_ms)
 
 
 def lease_for(
@@ -128,8 +119,11 @@ def lease_overdue(connection: Connection, owner: str, max_age_ms: int, lease_ms:
     return _take_first(connection, owner, candidate, lease_ms)
 
 
+_HAS_RUN_OUT = jobs.c.lease_expires_at_ms < now_ms()
+
+
 def _is_free() -> ColumnElement[bool]:
-    ran_out = and_(jobs.c.state == JobState.RUNNING, jobs.c.lease_expires_at_ms < now_ms())
+    ran_out = and_(jobs.c.state == JobState.RUNNING, _HAS_RUN_OUT)
     return or_(jobs.c.state == JobState.QUEUED, ran_out)
 
 
@@ -138,9 +132,15 @@ def _take_first(
 ) -> Job | None:
     """Lease the first of these jobs that no other transaction is at, and change its columns."""
     first = candidates.limit(1).with_for_update(skip_locked=True, of=jobs)
+    return _take(connection, owner, first, lease_ms, **changes)
+
+
+def _take(
+    connection: Connection, owner: str, number: Select[Any], lease_ms: int, **changes: str
+) -> Job | None:
     row = connection.execute(
         update(jobs)
-        .where(jobs.c.number == first.scalar_subquery())
+        .where(jobs.c.number == number.scalar_subquery())
         .values(
             state=JobState.RUNNING,
             lease_owner=owner,

@@ -63,6 +63,8 @@ jobs = Table(
     # What its work is counted by, `models.cost.VideoShape`; NULL in rows from before there was one.
     Column("shape", String),
     Column("num_steps", Integer, nullable=False, server_default=text("0")),
+    # Its account's turn, see `jobs.order`.
+    Column("turn", Integer, nullable=False, server_default=text("0")),
     CheckConstraint(
         "state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="state_known"
     ),
@@ -74,7 +76,9 @@ jobs = Table(
     Index("jobs_idempotency_key", "account_id", "idempotency_key", unique=True),
     Index("jobs_same_fields", "account_id", "fields_hash", "number"),
     Index("jobs_of_account_by_state", "account_id", "state"),
-    Index("jobs_open", "state", "tier", "priority", "number"),
+    Index("jobs_open", "state", "tier", "priority", "created_at_ms"),
+    Index("jobs_next", "state", "tier", "priority", "turn", "number"),
+    Index("jobs_turn", "state", "tier", "turn"),
     Index("jobs_created", "created_at_ms"),
     Index(
         "jobs_expiring",

@@ -9,8 +9,11 @@ from sqlalchemy import Engine, update
 from autoscaling.demand import Horizon, measure_demand
 from autoscaling.stage_costs import StageCosts, TierGpus
 from autoscaling.tiers import GpuTier
+from autoscaling.traces import read_trace
 from autoscaling.urgency import UrgencyConfig
+from bench.export_trace import export_trace
 from credits.accounts import Account
+from credits.plans import Plan
 from deployments.database import reader
 from jobs.demand import JobGroup, arrived_groups, open_groups
 from jobs.job import Job, Phase, Progress
@@ -154,3 +157,18 @@ def test_a_tier_takes_jobs_that_have_waited_for_another(
     assert taken is not None
     assert (taken.id, taken.tier, taken.attempt) == (first.id, "a100", 1)
     assert take([first.model], 60_000) is None
+
+
+def test_the_job_table_can_be_replayed(engine: Engine, an_account: AnAccount, a_job: AJob) -> None:
+    alice, bob = an_account("alice"), an_account("bob", plan=Plan.PRO)
+    first, second = a_job(alice), a_job(bob, num_frames=9)
+    set_of(engine, first, created_at_ms=now_ms() - 90_000)
+    with reader(engine).begin() as connection:
+        lines = list(export_trace(connection))
+    one, other = read_trace(lines)
+    assert (one.arrived_s, one.plan, one.account) == (0.0, Plan.ENTERPRISE, 0)
+    assert other.arrived_s == pytest.approx(90.0, abs=5.0)
+    assert (other.plan, other.account, other.kind.num_frames) == (Plan.PRO, 1, 9)
+    assert one.kind.num_steps == first.request["num_steps"]
+    assert "prompt" not in "".join(lines)
+    assert second.request["prompt"] not in "".join(lines)

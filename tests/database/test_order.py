@@ -7,10 +7,11 @@ from sqlalchemy import Engine, insert, update
 
 from credits.accounts import Account
 from jobs.job import Job
-from jobs.order import Waiting, next_in_line
+from jobs.order import Waiting, next_in_line, next_turn
 from jobs.store import lease
 from jobs.tables import jobs, now_ms
-from tests.database.conftest import lease_now
+from media.object_store import LocalObjectStore
+from tests.database.conftest import end_next_job, lease_now
 
 AJob = Callable[..., Job]
 AnAccount = Callable[..., Account]
@@ -25,7 +26,7 @@ def put(engine: Engine, waiting: list[Waiting]) -> None:
                 insert(jobs).values(
                     number=job.number,
                     id=str(job.number),
-                    account_id=job.account_id,
+                    account_id="any",
                     state="queued",
                     model="m",
                     tier="local",
@@ -35,6 +36,7 @@ def put(engine: Engine, waiting: list[Waiting]) -> None:
                     quote_exact="1",
                     reservation_id=str(job.number),
                     created_at_ms=0,
+                    turn=job.turn,
                 )
             )
             connection.execute(
@@ -51,34 +53,56 @@ def lease_all(engine: Engine) -> list[int]:
     return numbers
 
 
-def expected(waiting: list[Waiting]) -> list[int]:
-    """Leasing one at a time: what runs already counts for its account."""
-    running: dict[str, int] = {}
-    left, order = list(waiting), []
-    while left:
-        number = next_in_line(left, running, AGEING_MS)[0]
-        job = next(job for job in left if job.number == number)
-        running[job.account_id] = running.get(job.account_id, 0) + 1
-        left.remove(job)
-        order.append(number)
-    return order
+def test_accounts_take_turns(engine: Engine, an_account: AnAccount, a_job: AJob) -> None:
+    a, b, c = (an_account(name) for name in "abc")
+    made = [a_job(account) for account in (a, a, a, b, c, b)]
+    assert [job.turn for job in made] == [1, 2, 3, 1, 1, 2]
+    numbers = [job.number for job in made]
+    assert lease_all(engine) == [numbers[index] for index in (0, 3, 4, 1, 5, 2)]
 
 
-def test_accounts_take_turns(engine: Engine) -> None:
-    put(engine, [Waiting(1, "a", 1, 90), Waiting(2, "a", 1, 80), Waiting(3, "a", 1, 70)])
-    put(engine, [Waiting(4, "b", 1, 60), Waiting(5, "c", 1, 50), Waiting(6, "b", 1, 40)])
-    assert lease_all(engine) == [1, 4, 5, 2, 6, 3]
+def test_who_comes_new_does_not_wait_for_those_who_came_often(
+    engine: Engine, an_account: AnAccount, a_job: AJob, store: LocalObjectStore
+) -> None:
+    """Nor is it ahead of all that they ever asked for: turns go on where the open ones are."""
+    a, b = an_account("a"), an_account("b")
+    for _ in range(3):
+        a_job(a)
+    for _ in range(2):
+        end_next_job(engine, store)
+    assert a_job(b).turn == 3
+    assert a_job(a).turn == 4
+    assert a_job(b).turn == 4
+
+
+def test_turns_are_given_in_sql_as_in_words(
+    engine: Engine, an_account: AnAccount, a_job: AJob, store: LocalObjectStore
+) -> None:
+    chance = random.Random(6)
+    accounts = [an_account(name, credits=100_000) for name in "abcd"]
+    open_jobs: dict[int, Job] = {}
+    for _ in range(60):
+        if open_jobs and chance.random() < 0.4:
+            del open_jobs[end_next_job(engine, store).number]
+            continue
+        account = chance.choice(accounts)
+        of_account = [job.turn for job in open_jobs.values() if job.account_id == account.id]
+        expected = next_turn(of_account, [job.turn for job in open_jobs.values()])
+        if len(of_account) < 4:
+            job = a_job(account)
+            assert job.turn == expected
+            open_jobs[job.number] = job
 
 
 def test_a_higher_plan_goes_first_until_others_have_waited_too_long(engine: Engine) -> None:
-    low_fresh, low_old = Waiting(1, "a", 1, 1000), Waiting(2, "b", 1, 2 * AGEING_MS + 5000)
-    high = Waiting(3, "c", 2, 1000)
+    low_fresh, low_old = Waiting(1, 1, 1, 1000), Waiting(2, 1, 1, 2 * AGEING_MS + 5000)
+    high = Waiting(3, 2, 1, 1000)
     put(engine, [low_fresh, low_old, high])
     assert lease_all(engine) == [2, 3, 1]
 
 
 def test_only_plans_from_a_priority_on_are_leased_if_one_is_named(engine: Engine) -> None:
-    put(engine, [Waiting(1, "a", 2, 10 * AGEING_MS), Waiting(2, "b", 3, 0), Waiting(3, "c", 4, 0)])
+    put(engine, [Waiting(1, 2, 1, 10 * AGEING_MS), Waiting(2, 3, 1, 0), Waiting(3, 4, 1, 0)])
     with engine.begin() as connection:
         leased = [lease(connection, "me", ["local"], 60_000, min_priority=3) for _ in range(3)]
     assert [job and job.number for job in leased] == [3, 2, None]
@@ -89,11 +113,22 @@ def test_the_sql_keeps_to_the_order_in_words(engine: Engine) -> None:
     waiting = [
         Waiting(
             number,
-            chance.choice("abcd"),
             chance.choice((1, 2, 3)),
+            chance.randrange(1, 6),
             chance.randrange(4) * AGEING_MS + AGEING_MS // 2,
         )
         for number in range(1, 25)
     ]
     put(engine, waiting)
-    assert lease_all(engine) == expected(waiting)
+    assert lease_all(engine) == next_in_line(waiting, AGEING_MS)
+
+
+def test_a_job_whose_holder_is_gone_goes_first(engine: Engine) -> None:
+    put(engine, [Waiting(1, 1, 9, 0), Waiting(2, 3, 1, 5 * AGEING_MS)])
+    with engine.begin() as connection:
+        connection.execute(
+            update(jobs)
+            .where(jobs.c.number == 1)
+            .values(state="running", lease_owner="dead", lease_expires_at_ms=0)
+        )
+    assert lease_all(engine) == [1, 2]

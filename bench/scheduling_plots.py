@@ -1,0 +1,60 @@
+"""The tables of `bench.scheduling` as pictures."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+OURS, OTHERS = "#1f6f5c", "#b9b4a7"
+
+
+def plot_nodes(result: dict[str, Any], folder: str) -> None:
+    """In time, by policy, one panel a workload: `scheduling.png`."""
+    workloads = [name for name in ("W1", "W2", "W5", "W5-bursts") if name in result]
+    if not workloads:
+        return
+    figure, panels = plt.subplots(
+        1, len(workloads), figsize=(3.6 * len(workloads), 4.6), squeeze=False
+    )
+    for panel, workload in zip(panels[0], workloads, strict=True):
+        rows = result[workload]
+        policies = sorted(rows, key=lambda policy: rows[policy]["weighted"])
+        shares = [rows[policy]["weighted"] for policy in policies]
+        colours = [OURS if policy.startswith("guaranteed") else OTHERS for policy in policies]
+        panel.barh(range(len(policies)), shares, color=colours)
+        panel.set_yticks(range(len(policies)), policies)
+        panel.tick_params(labelsize=7)
+        panel.set_xlim(0, 1)
+        panel.set_title(f"{workload}: in time, by plan", fontsize=9)
+        for position, share in enumerate(shares):
+            panel.text(min(share + 0.01, 0.88), position, f"{share:.2f}", va="center", fontsize=7)
+    figure.tight_layout()
+    figure.savefig(Path(folder) / "scheduling.png", dpi=110)
+    plt.close(figure)
+
+
+def plot_days(result: dict[str, Any], folder: str) -> None:
+    """Node-hours over those of the work, against the share in time: `scaling.png`."""
+    days = result.get("days", {})
+    if not days:
+        return
+    figure, panels = plt.subplots(1, len(days), figsize=(4.0 * len(days), 3.6), squeeze=False)
+    for panel, (day, rows) in zip(panels[0], days.items(), strict=True):
+        for scaler, row in rows.items():
+            colour = OURS if scaler == "by-demand" else OTHERS
+            panel.scatter(row["over_bound"], row["attainment"], color=colour, zorder=3)
+            panel.annotate(
+                scaler, (row["over_bound"], row["attainment"]), fontsize=7,
+                xytext=(4, -8), textcoords="offset points",
+            )  # fmt: skip
+        panel.set_xlabel("node-hours over those of the work", fontsize=8)
+        panel.set_ylabel("in time", fontsize=8)
+        panel.set_title(day, fontsize=9)
+        panel.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(Path(folder) / "scaling.png", dpi=110)
+    plt.close(figure)
