@@ -27,7 +27,8 @@ from models.catalog import Model
 
 logger = logging.getLogger("ray.serve")
 
-PERIOD_S = 2.0
+# A table of very many jobs is counted less often: it takes the database a tenth of its time at most.
+PERIOD_S, SELDOM = 2.0, 10
 USUAL_EVERY_S = 60.0
 DAY_S = 86_400.0
 
@@ -81,7 +82,7 @@ class Pool:
 
 
 class Scaler:
-    """Works out, every PERIOD_S, what the pools are to have; whoever does so finds the same."""
+    """Works out, again and again, what the pools are to have; whoever does so finds the same."""
 
     def __init__(self, engine: Engine, models: list[Model], tiers: list[TierConfig]) -> None:
         self.engine = engine
@@ -105,15 +106,18 @@ class Scaler:
     async def run(self) -> None:
         """For ever."""
         application = serve.get_replica_context().app_name
+        pause_s = PERIOD_S
         while True:
             try:
                 await asyncio.to_thread(self._count, application)
             except RayActorError as error:  # Serve's controller begins anew
                 logger.warning("replicas are not counted: %s", error)
             else:
+                began_s = time.monotonic()
                 self.decisions = await when_back(self._decide)
                 self._tell()
-            await asyncio.sleep(PERIOD_S)
+                pause_s = max(PERIOD_S, SELDOM * (time.monotonic() - began_s))
+            await asyncio.sleep(pause_s)
 
     def stats(self) -> dict[str, float]:
         """What `autoscaling.policy.ByDemand` reads."""

@@ -97,23 +97,33 @@ def first_in_line(
             priorities.c.priority.is_not(None)
         )
     )
-    same = and_(queued, jobs.c.priority == priorities.c.priority)
-    oldest = _one(select(func.min(jobs.c.created_at_ms)).where(same).correlate(priorities))
-    waited_ms = cast(now - oldest, BigInteger)
-    levels = select((priorities.c.priority + waited_ms // ageing_ms).label("level")).where(
-        priorities.c.priority.is_not(None)
+    oldest = _one(
+        select(func.min(jobs.c.created_at_ms))
+        .where(queued, jobs.c.priority == priorities.c.priority)
+        .correlate(priorities)
     )
-    top = select(func.max(levels.subquery("levels").c.level)).scalar_subquery()
-    # of a level and a priority, whoever came before a moment
-    came_by_ms = now - (top - priorities.c.priority) * ageing_ms
+    waited_ms = cast(now - oldest, BigInteger)
+    levels = (
+        select(
+            priorities.c.priority, (priorities.c.priority + waited_ms // ageing_ms).label("level")
+        )
+        .where(priorities.c.priority.is_not(None))
+        .cte("levels")
+    )
     best = (
         select(jobs.c.number)
-        .where(same, jobs.c.created_at_ms <= came_by_ms)
+        .where(
+            queued,
+            jobs.c.priority == levels.c.priority,
+            # of that level: whoever came before a moment
+            jobs.c.created_at_ms <= now - (levels.c.level - levels.c.priority) * ageing_ms,
+        )
         .order_by(jobs.c.turn, jobs.c.number)
         .limit(1)
         .with_for_update(skip_locked=True)
-        .correlate(priorities)
+        .correlate(levels)
     )
+    top = select(func.max(levels.c.level)).correlate(None)
     left_alone = (
         select(jobs.c.number)
         .where(
@@ -126,7 +136,7 @@ def first_in_line(
     )
     found = union_all(
         select(_one(left_alone).label("number"), literal(0).label("rank")),
-        select(_one(best), literal(1)).where(priorities.c.priority.is_not(None)),
+        select(_one(best), literal(1)).where(levels.c.level == _one(top)),
     ).cte("found")
     candidate = jobs.alias("candidate")
     return (
