@@ -64,6 +64,7 @@ def _violated(arrived: Array, due: Array, kept_s: Array, gpus: int) -> list[tupl
     for index in np.argsort(-arrived, kind="stable"):
         load[index] = kept_s[index]
         over = np.cumsum(load) - gpus * (due - arrived[index])
+        over[due < arrived[index]] = -np.inf
         worst = int(np.argmax(over))
         if over[worst] > TOLERANCE_S:
             found.append((float(over[worst]), float(arrived[index]), float(due[worst])))

@@ -27,7 +27,7 @@ from models.catalog import Model
 
 logger = logging.getLogger("ray.serve")
 
-# A table of very many jobs is counted less often: it takes the database a tenth of its time at most.
+# A table of very many jobs is counted less often: for a tenth of the time at most.
 PERIOD_S, SELDOM = 2.0, 10
 USUAL_EVERY_S = 60.0
 DAY_S = 86_400.0
