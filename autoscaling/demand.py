@@ -169,7 +169,7 @@ def _per_s(came: Iterable[JobGroup], gpus: TierGpus, costs: Costs, horizon: Hori
 def _usual_per_s(
     usual: Sequence[Sequence[JobGroup]], gpus: TierGpus, costs: Costs, horizon: Horizon
 ) -> float:
-    """So much or less on four of five days; 0 where fewer than two are known."""
+    """So much or less on four of five days."""
     of_tier = _of(gpus, costs)
     rates = [
         sum(
@@ -180,4 +180,6 @@ def _usual_per_s(
         / SMOOTH_S
         for day in usual
     ]
-    return statistics.quantiles(rates, n=5, method="inclusive")[-1] if len(rates) > 1 else 0.0
+    if len(rates) < 2:
+        return sum(rates)
+    return statistics.quantiles(rates, n=5, method="inclusive")[-1]

@@ -33,7 +33,11 @@ class ByDemand:
         for deployment, context in contexts.items():
             name = context.deployment_name
             if name in wanted:
-                replicas[deployment] = math.floor(wanted[name] + 0.5)
+                count = replicas[deployment] = math.floor(wanted[name] + 0.5)
+                if context.current_num_replicas == 0:
+                    # Serve gives whoever waits for an empty pool this many, and does not ask here
+                    # until one of them works.
+                    context.target_num_replicas = max(context.target_num_replicas, count)
             elif not name.startswith(POOLS):
                 replicas[deployment], states[deployment] = replica_queue_length_autoscaling_policy(
                     context

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from pydantic import BaseModel, Field
 
-from autoscaling.demand import Horizon, PoolDemand
+from autoscaling.demand import SMOOTH_S, Horizon, PoolDemand
 
 
 class PoolScaling(BaseModel, frozen=True, extra="forbid"):
@@ -24,7 +24,7 @@ class PoolScaling(BaseModel, frozen=True, extra="forbid"):
     load: float = Field(0.8, gt=0, le=1)
     cold_start_s: float = Field(240.0, ge=0)
     late_s: float = Field(600.0, gt=0)
-    keep_warm_s: float = Field(600.0, ge=0)
+    keep_warm_s: float = Field(600.0, ge=0, le=3 * SMOOTH_S)
     pulling_priority: int = Field(0, ge=0)
     usual_days: int = Field(7, ge=0, le=28)
 

@@ -212,7 +212,8 @@ def guaranteed(
     least: list[tuple[float, int]] = []
     total, per_s = 0.0, config.capacity * num_ranks
     for task in by_deadline:
-        start_s = busy[task.id].ends_s if task.id in busy else now_s
+        # a step may take longer than it should
+        start_s = max(now_s, busy[task.id].ends_s) if task.id in busy else now_s
         if task.steps_left * task.quickest_s > task.deadline_s - start_s:
             continue  # too late; not asked further, since it has a later deadline in mind
         work = task.least_work(start_s, task.deadline_s)
@@ -221,7 +222,7 @@ def guaranteed(
         heapq.heappush(least, (task.value / work, len(kept)))
         kept.append((task.deadline_s, work, task))
         total += work
-        while total > per_s * (task.deadline_s - now_s):
+        while least and total > per_s * (task.deadline_s - now_s):
             number = heapq.heappop(least)[1]
             left_out.add(number)
             total -= kept[number][1]

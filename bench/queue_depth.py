@@ -21,11 +21,11 @@ JOBS_OF_ACCOUNT = 3
 FILL = text(
     """
 INSERT INTO jobs (id, account_id, state, model, tier, priority, request, quoted, quote_exact,
-                  reservation_id, created_at_ms, shape, num_steps)
+                  reservation_id, created_at_ms, shape, num_steps, turn)
 SELECT 'video_' || n, 'account-' || n / :jobs_of_account, 'queued', 'hunyuan-video', 'a100',
        n / :jobs_of_account % 4, '{}', 1, '1', 'reservation-' || n,
        now_ms() - :span_ms + CAST(n AS bigint) * CAST(:span_ms AS bigint) / CAST(:count AS bigint),
-       '129x1280x720x1xalone', 50
+       '129x1280x720x1xalone', 50, 1 + n % :jobs_of_account
 FROM generate_series(1, :count) AS n
 """
 )

@@ -87,7 +87,8 @@ def bind_chain(config: AppConfig) -> Application:
         config.work_weights,
         settings.home,
         config.webhooks,
-        {str(tier.tier): models_of(offers, tier) for tier in config.tiers},
+        [offer.model for offer in offers.values()],
+        {str(tier.tier): at_any_size(offers, tier) for tier in config.tiers},
     )
     parts = IngressParts(
         home=settings.home,
@@ -116,6 +117,16 @@ def models_of(offers: dict[str, Offer], tier: TierConfig) -> list[Model]:
         for offer in offers.values()
         for served in offer.served_on
         if served.tier == tier.tier
+    ]
+
+
+def at_any_size(offers: dict[str, Offer], tier: TierConfig) -> list[str]:
+    """The models that a tier serves at every size that they have."""
+    return [
+        name
+        for name, offer in offers.items()
+        for served in offer.served_on
+        if served.tier == tier.tier and served.max_area is None
     ]
 
 

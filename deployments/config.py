@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from autoscaling.pool_scaling import PoolScaling
 from autoscaling.step_scheduler import StepSchedulerConfig
-from autoscaling.tiers import GpuTier, ServedOn
+from autoscaling.tiers import LADDER, GpuTier, ServedOn
 from autoscaling.urgency import UrgencyConfig
 from credits.plans import Plan, PlanTable
 from credits.pricing import PriceTable, WorkWeights
@@ -158,8 +158,8 @@ class TierConfig(BaseModel, frozen=True, extra="forbid"):
     goes by; None: whatever is asked for is tried.
     larger: the tier that takes a job whose steps do not fit into this one's memory; None: it fails.
     scaling: how many replicas are wanted, within the bounds of the deployments'
-    autoscaling_config. helps: tiers whose jobs this one takes, too, if it is free and they have
-    waited for helps_after_s, of the models that both serve.
+    autoscaling_config. helps: smaller tiers whose jobs this one takes, too, if it is free and they
+    have waited for helps_after_s, of the models that it serves at any size.
     """
 
     tier: GpuTier
@@ -257,10 +257,12 @@ class AppConfig(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _helped_tiers_are_others(self) -> Self:
+        """And smaller ones: what a tier takes fits into it."""
         named = {tier.tier for tier in self.tiers}
         for tier in self.tiers:
+            smaller = LADDER[: LADDER.index(tier.tier)] if tier.tier in LADDER else ()
             for helped in tier.helps:
-                if helped not in named or helped == tier.tier:
+                if helped not in named or helped not in smaller:
                     raise ValueError(f"tiers[].helps: {tier.tier} cannot help {helped!r}")
         return self
 

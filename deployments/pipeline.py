@@ -59,12 +59,13 @@ WORKER_LOST = (
 class Made:
     """What a job's earlier attempts have left: the latents, what they took, what to warn of.
 
-    step_s: of its steps, by the number of ranks.
+    step_s: of its steps, by the number of ranks; decode_s: of its frames, once there are any.
     """
 
     denoised: Denoised | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     step_s: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    decode_s: float | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -87,9 +88,10 @@ class VideoPipeline:
         weights: WorkWeights,
         home: Path,
         webhooks: WebhookConfig,
-        models: dict[str, list[Model]],
+        models: list[Model],
+        at_any_size: dict[str, list[str]],
     ) -> None:
-        """models: those that each tier serves."""
+        """at_any_size: the models that each tier serves so."""
         self.engine = open_database(database_url)
         migrate(self.engine)
         self.store = store
@@ -111,9 +113,8 @@ class VideoPipeline:
         self.cancelled: set[JobId] = set()
         self.sweeper = Sweeper(self.engine, store, weights, leases, self.owner)
         self.webhooks = WebhookSender(self.engine, read_pepper(home, database_url), webhooks)
-        every = [model for served in models.values() for model in served]
-        self.scaler = Scaler(self.engine, every, tiers)
-        self.served_on = {tier: [model.id for model in served] for tier, served in models.items()}
+        self.scaler = Scaler(self.engine, models, tiers)
+        self.at_any_size = at_any_size
         self.wanted = asyncio.Event()
         self.cancel_wanted = asyncio.Event()
         self.loops = [
@@ -158,9 +159,11 @@ class VideoPipeline:
                 self.running[job.id] = task
             await _wait(self.wanted, 10 * self.leases.poll_s)
 
-    def _forget(self, job_id: JobId, _task: "asyncio.Task[None]") -> None:
+    def _forget(self, job_id: JobId, task: "asyncio.Task[None]") -> None:
         """Also runs for a task that was cancelled before its first step."""
-        self.running.pop(job_id, None)
+        if self.running.get(job_id) is not task:
+            return  # leased again already
+        del self.running[job_id]
         self.tier_of.pop(job_id, None)
         self.cancelled.discard(job_id)
         self.wanted.set()
@@ -203,7 +206,7 @@ class VideoPipeline:
                 self.owner,
                 tier.tier,
                 of_tiers=tier.helps,
-                models=self.served_on[tier.tier],
+                models=self.at_any_size[tier.tier],
                 min_wait_ms=int(tier.helps_after_s * 1000),
                 lease_ms=self._lease_ms(),
             )
@@ -248,15 +251,17 @@ class VideoPipeline:
 
     async def _run_and_settle(self, job: Job) -> None:
         """Or queue it for the larger tier, if its steps do not fit into this one's memory."""
-        done = WorkDone()
+        done, made = WorkDone(), Made()
         try:
-            ending = await self._run_to_ending(job, done)
+            ending = await self._run_to_ending(job, done, made)
         except OutOfMemory as error:
             tier = self.larger[job.tier]
             logger.warning("job %s goes to tier %s: %s", job.id, tier, error)
             await self._while_held(functools.partial(self._move, job.id, tier))
         else:
             await self._while_held(functools.partial(self._settle, job, done, ending))
+            if made.decode_s is not None:
+                await asyncio.to_thread(self._note_times, job, made)
 
     def _move(self, job_id: JobId, tier: str) -> None:
         with self.engine.begin() as connection:
@@ -273,7 +278,7 @@ class VideoPipeline:
             ending=ending,
         )
 
-    async def _run_to_ending(self, job: Job, done: WorkDone) -> Ending:
+    async def _run_to_ending(self, job: Job, done: WorkDone, made: Made) -> Ending:
         """Start the stages over while workers are lost; any other fault ends the job.
 
         OutOfMemory if a larger tier is to run it.
@@ -281,7 +286,6 @@ class VideoPipeline:
         await self._recall(job, done)
         if job.cancel_requested or job.id in self.cancelled:
             return cancellation()
-        made = Made()
         lost = again = 0
         while job.attempt + lost <= self.leases.max_attempts:
             try:
@@ -330,7 +334,7 @@ class VideoPipeline:
             made.denoised = denoised  # an encoder or a decoder died, the latents did not
             raise
         seconds = made.seconds | {"decode": published.decode_s, "media": published.media_s}
-        await self._while_held(functools.partial(self._note_times, job, request, made, published))
+        made.decode_s = published.decode_s
         return Ending(
             JobState.SUCCEEDED,
             "the work done is charged" if done.text else TEXT_WAS_THERE,
@@ -344,15 +348,16 @@ class VideoPipeline:
             },
         )
 
-    def _note_times(
-        self, job: Job, request: VideoRequest, made: Made, published: Published
-    ) -> None:
+    def _note_times(self, job: Job, made: Made) -> None:
+        """What the next ones like it are expected to take."""
+        request = VideoRequest.model_validate(job.request)
         like = (request.model, str(VideoShape.of(request)), job.tier)
         took_s = [
             (TimedStage(*like, Phase.DENOISE, degree), statistics.median(steps))
             for degree, steps in made.step_s.items()
         ]
-        took_s.append((TimedStage(*like, Phase.DECODE), published.decode_s))
+        assert made.decode_s is not None
+        took_s.append((TimedStage(*like, Phase.DECODE), made.decode_s))
         with self.engine.begin() as connection:
             note_times(connection, took_s)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 from ray.serve import metrics
 from sqlalchemy import Engine
 
@@ -110,7 +110,7 @@ class Scaler:
         while True:
             try:
                 await asyncio.to_thread(self._count, application)
-            except RayActorError as error:  # Serve's controller begins anew
+            except RayError as error:  # Serve's controller begins anew
                 logger.warning("replicas are not counted: %s", error)
             else:
                 began_s = time.monotonic()
@@ -128,9 +128,10 @@ class Scaler:
 
     def _count(self, application: str) -> None:
         now_s = time.monotonic()
-        for name, deployment in serve.status().applications[application].deployments.items():
+        found = serve.status().applications.get(application)
+        for name, deployment in ({} if found is None else found.deployments).items():
             states: Mapping[Any, int] = deployment.replica_states  # by name, whatever its type says
-            ready = states.get("RUNNING", 0)
+            ready = states.get("RUNNING", 0) + states.get("PENDING_MIGRATION", 0)
             coming = states.get("STARTING", 0) + states.get("UPDATING", 0)
             self.pools[name].count(ready, coming, now_s)
 

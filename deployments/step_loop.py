@@ -141,7 +141,7 @@ class StepLoop:
         process.
         """
         self.is_leaving = True
-        done = [held for held, _ in self.finished if not held.saved]
+        done = [held for held, _ in self.finished if held.unsaved.steps]
         await asyncio.gather(
             *(self._hand_over(held) for held in list(self.held.values())),
             *(self._save(held, held.state, held.plan) for held in done),
@@ -151,13 +151,14 @@ class StepLoop:
         while held.id in self.under_way:
             self.boundary.clear()
             await self.boundary.wait()
-        if not held.is_open:
-            return  # its end is being told
+        if held.failed:
+            return
         if held.saving is not None:
             await held.saving
         if held.unsaved.steps:
             await self._save(held, held.state, held.plan)
-        held.fail(HandedOver(held.work.job_id))
+        if held.steps_left:  # else its end is being told
+            held.fail(HandedOver(held.work.job_id))
 
     async def _take_in(self, work: DenoiseWork, conditioning: Conditioning) -> Held:
         """Read the checkpoint, if there is one, and judge how urgent the request is."""

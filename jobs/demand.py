@@ -16,7 +16,7 @@ from sqlalchemy import (
     select,
 )
 
-from jobs.job import FINAL_STATES, JobState
+from jobs.job import OPEN_STATES, JobState
 from jobs.tables import jobs, now_ms
 
 # Requests of one minute count as of one moment, of twenty where that is long ago.
@@ -46,7 +46,7 @@ class JobGroup:
 
 def open_groups(connection: Connection) -> list[JobGroup]:
     """All that is queued or running."""
-    return _groups(connection, jobs.c.state.not_in(FINAL_STATES))
+    return _groups(connection, jobs.c.state.in_(OPEN_STATES))
 
 
 def arrived_groups(connection: Connection, from_s: float, until_s: float) -> list[JobGroup]:

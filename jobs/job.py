@@ -17,6 +17,7 @@ class JobState(StrEnum):
     CANCELLED = "cancelled"  # settle or cancel, on the owner's request
 
 
+OPEN_STATES = (JobState.QUEUED, JobState.RUNNING)
 FINAL_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 

@@ -1,10 +1,9 @@
 """The queue's order: plan, then the accounts in turn, then age; nothing starves.
 
 Accounts take turns as flows do in start-time fair queueing (Goyal, Vin and Cheng, 1996): a job's
-turn is the one after its account's last open job, but not before the first turn that is still
-open, and stays as it is. So the order is in indexes, and the first in line of a million is found
-as quickly as that of ten. `next_in_line` and `next_turn` say it in Python, and are what the tests
-hold the SQL to.
+turn is the one after its account's last open job on its tier, but not before the first turn that
+is still open there, and stays as it is. So indexes have the order, and nobody ranks all that wait.
+`next_in_line` and `next_turn` say it in Python, and are what the tests hold the SQL to.
 """
 
 from collections.abc import Collection, Iterable
@@ -24,7 +23,7 @@ from sqlalchemy import (
     union_all,
 )
 
-from jobs.job import FINAL_STATES, JobState
+from jobs.job import OPEN_STATES, JobState
 from jobs.tables import jobs, now_ms
 
 
@@ -42,34 +41,42 @@ def next_in_line(waiting: Iterable[Waiting], ageing_ms: int) -> list[int]:
     """The numbers of the waiting jobs, first come first.
 
     A job counts as one plan higher for every ageing_ms that it has waited. Among equals the lowest
-    turn comes first, then age.
+    turn comes first, then whoever has waited longest.
     """
     ranked = sorted(
         waiting,
-        key=lambda job: (-job.priority - job.waited_ms // ageing_ms, job.turn, job.number),
+        key=lambda job: (
+            -job.priority - job.waited_ms // ageing_ms,
+            job.turn,
+            -job.waited_ms,
+            job.number,
+        ),
     )
     return [job.number for job in ranked]
 
 
 def next_turn(of_account: Collection[int], of_tier: Collection[int]) -> int:
-    """A new job's, of the turns of its account's open jobs and those of all that its tier has."""
+    """A new job's, of the turns of its account's open jobs on the tier and of all that it has."""
     return max(max(of_account, default=0) + 1, min(of_tier, default=1))
 
 
 def turn_of(account_id: ColumnElement[str], tier: ColumnElement[str]) -> ColumnElement[int]:
-    """The same, of a job that is being inserted."""
-    last = select(func.coalesce(func.max(jobs.c.turn), 0)).where(
-        jobs.c.account_id == account_id, jobs.c.state.not_in(FINAL_STATES)
+    """The same, of a job that comes to a tier."""
+    others = jobs.alias("others")
+    of_tier = and_(others.c.tier == tier, others.c.state.in_(OPEN_STATES))
+    last = select(func.coalesce(func.max(others.c.turn), 0)).where(
+        of_tier, others.c.account_id == account_id
     )
 
-    def first(state: JobState) -> Select[tuple[int]]:
-        return select(func.min(jobs.c.turn).label("turn")).where(
-            jobs.c.state == state, jobs.c.tier == tier
+    def first(state: JobState) -> ColumnElement[int]:
+        found = jobs.alias(f"first_{state}")
+        return _one(
+            select(func.min(found.c.turn)).where(found.c.state == state, found.c.tier == tier)
         )
 
-    firsts = union_all(first(JobState.QUEUED), first(JobState.RUNNING)).subquery("firsts")
-    least = func.coalesce(select(func.min(firsts.c.turn)).scalar_subquery(), 1)
-    after = last.correlate(None).scalar_subquery() + 1
+    queued, running = first(JobState.QUEUED), first(JobState.RUNNING)
+    least = func.coalesce(case((queued < running, queued), else_=func.coalesce(running, queued)), 1)
+    after = _one(last) + 1
     return case((after > least, after), else_=least)
 
 
@@ -81,8 +88,8 @@ def first_in_line(
 ) -> Select[tuple[int]]:
     """The number of the job that is to be leased next, locked; no other transaction is at it.
 
-    of_tiers: what is asked of jobs.c.tier. abandoned: of a running job, whether its holder is gone;
-    such a one goes before any that waits.
+    of_tiers: what is asked of queued and running jobs. abandoned: of a running one, whether its
+    holder is gone; such a one goes before any that waits.
     """
     queued = and_(jobs.c.state == JobState.QUEUED, of_tiers)
     now = _one(select(now_ms()))
@@ -110,39 +117,80 @@ def first_in_line(
         .where(priorities.c.priority.is_not(None))
         .cte("levels")
     )
+    # of that level: whoever came before a moment
+    came_by_ms = now - (levels.c.level - levels.c.priority) * ageing_ms
+    of_level = and_(queued, jobs.c.priority == levels.c.priority)
+    turns = select(
+        levels.c.priority,
+        levels.c.level,
+        came_by_ms.label("came_by_ms"),
+        _one(select(func.min(jobs.c.turn)).where(of_level).correlate(levels)).label("turn"),
+    ).cte("turns", recursive=True)
+    of_turn = and_(queued, jobs.c.priority == turns.c.priority)
+    following = select(func.min(jobs.c.turn)).where(of_turn, jobs.c.turn > turns.c.turn)
+    oldest_of_turn = (
+        select(func.min(jobs.c.created_at_ms))
+        .where(of_turn, jobs.c.turn == turns.c.turn)
+        .correlate(turns)
+    )
+    # From one turn to the next, until there is one with somebody of the level.
+    turns = turns.union_all(
+        select(
+            turns.c.priority,
+            turns.c.level,
+            turns.c.came_by_ms,
+            _one(following.correlate(turns)),
+        ).where(turns.c.turn.is_not(None), _one(oldest_of_turn) > turns.c.came_by_ms)
+    )
+    lowest = (
+        select(
+            turns.c.priority,
+            turns.c.level,
+            turns.c.came_by_ms,
+            func.max(turns.c.turn).label("turn"),
+        )
+        .group_by(turns.c.priority, turns.c.level, turns.c.came_by_ms)
+        .cte("lowest")
+    )
     best = (
         select(jobs.c.number)
         .where(
             queued,
-            jobs.c.priority == levels.c.priority,
-            # of that level: whoever came before a moment
-            jobs.c.created_at_ms <= now - (levels.c.level - levels.c.priority) * ageing_ms,
+            jobs.c.priority == lowest.c.priority,
+            jobs.c.turn == lowest.c.turn,
+            jobs.c.created_at_ms <= lowest.c.came_by_ms,
         )
-        .order_by(jobs.c.turn, jobs.c.number)
+        .order_by(jobs.c.created_at_ms, jobs.c.number)
         .limit(1)
         .with_for_update(skip_locked=True)
-        .correlate(levels)
+        .correlate(lowest)
     )
-    top = select(func.max(levels.c.level)).correlate(None)
     left_alone = (
         select(jobs.c.number)
         .where(
             jobs.c.state == JobState.RUNNING, of_tiers, jobs.c.priority >= min_priority, abandoned
         )
-        .order_by(jobs.c.turn, jobs.c.number)
+        .order_by(jobs.c.turn, jobs.c.created_at_ms)
         .limit(1)
         .with_for_update(skip_locked=True)
         .correlate(None)
     )
     found = union_all(
-        select(_one(left_alone).label("number"), literal(0).label("rank")),
-        select(_one(best), literal(1)).where(levels.c.level == _one(top)),
+        select(_one(left_alone).label("number"), literal(None).label("level")),
+        # of every priority, so that one that is locked hides no other
+        select(_one(best), lowest.c.level),
     ).cte("found")
     candidate = jobs.alias("candidate")
     return (
         select(candidate.c.number)
         .join(found, found.c.number == candidate.c.number)
-        .order_by(found.c.rank, candidate.c.turn, candidate.c.number)
+        .order_by(
+            case((found.c.level.is_(None), 0), else_=1),
+            found.c.level.desc(),
+            candidate.c.turn,
+            candidate.c.created_at_ms,
+            candidate.c.number,
+        )
         .limit(1)
     )
 

@@ -15,6 +15,7 @@ from sqlalchemy import (
     and_,
     case,
     func,
+    literal,
     or_,
     select,
     update,
@@ -22,7 +23,7 @@ from sqlalchemy import (
 
 from jobs.events import append_event
 from jobs.job import FINAL_STATES, Job, JobId, JobState, Outcome, Phase, Progress
-from jobs.order import first_in_line
+from jobs.order import first_in_line, turn_of
 from jobs.tables import jobs, now_ms
 
 DEFAULT_AGEING_MS = 600_000
@@ -86,8 +87,9 @@ def lease(
     but: jobs that owner is at work on, whose leases it let run out unawares. ageing_ms: see
     `jobs.order`. min_priority: none of a lower one.
     """
-    abandoned = and_(_HAS_RUN_OUT, jobs.c.id.not_in(but))
-    first = first_in_line(jobs.c.tier.in_(tiers), min_priority, ageing_ms, abandoned)
+    abandoned = _HAS_RUN_OUT
+    others = and_(jobs.c.tier.in_(tiers), jobs.c.id.not_in(but))
+    first = first_in_line(others, min_priority, ageing_ms, abandoned)
     return _take(connection, owner, first, lease_ms)
 
 
@@ -101,15 +103,19 @@ def lease_for(
     min_wait_ms: int,
     lease_ms: int,
 ) -> Job | None:
-    """Take, for a tier, the job of others that has waited longest, and min_wait_ms at least."""
+    """Take, for a tier, a job of others that has waited min_wait_ms at least: of the highest plan
+    the oldest.
+    """
     waiting = and_(
         jobs.c.state == JobState.QUEUED,
         jobs.c.tier.in_(of_tiers),
         jobs.c.model.in_(models),
         jobs.c.created_at_ms <= now_ms() - min_wait_ms,
     )
-    candidate = select(jobs.c.number).where(waiting).order_by(jobs.c.number)
-    return _take_first(connection, owner, candidate, lease_ms, tier=tier)
+    order = (jobs.c.priority.desc(), jobs.c.created_at_ms)
+    candidate = select(jobs.c.number).where(waiting).order_by(*order)
+    turn = turn_of(jobs.c.account_id, literal(tier))
+    return _take_first(connection, owner, candidate, lease_ms, tier=tier, turn=turn)
 
 
 def lease_overdue(connection: Connection, owner: str, max_age_ms: int, lease_ms: int) -> Job | None:
@@ -128,7 +134,7 @@ def _is_free() -> ColumnElement[bool]:
 
 
 def _take_first(
-    connection: Connection, owner: str, candidates: Select[Any], lease_ms: int, **changes: str
+    connection: Connection, owner: str, candidates: Select[Any], lease_ms: int, **changes: Any
 ) -> Job | None:
     """Lease the first of these jobs that no other transaction is at, and change its columns."""
     first = candidates.limit(1).with_for_update(skip_locked=True, of=jobs)
@@ -136,7 +142,7 @@ def _take_first(
 
 
 def _take(
-    connection: Connection, owner: str, number: Select[Any], lease_ms: int, **changes: str
+    connection: Connection, owner: str, number: Select[Any], lease_ms: int, **changes: Any
 ) -> Job | None:
     row = connection.execute(
         update(jobs)
@@ -211,7 +217,13 @@ def move(connection: Connection, job_id: JobId, owner: str, tier: str) -> None:
     row = connection.execute(
         update(jobs)
         .where(jobs.c.id == job_id, jobs.c.lease_owner == owner, jobs.c.state == JobState.RUNNING)
-        .values(state=JobState.QUEUED, tier=tier, lease_owner=None, lease_expires_at_ms=None)
+        .values(
+            state=JobState.QUEUED,
+            tier=tier,
+            turn=turn_of(jobs.c.account_id, literal(tier)),
+            lease_owner=None,
+            lease_expires_at_ms=None,
+        )
         .returning(jobs.c.id)
     ).first()
     if row is None:

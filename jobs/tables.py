@@ -77,7 +77,7 @@ jobs = Table(
     Index("jobs_same_fields", "account_id", "fields_hash", "number"),
     Index("jobs_of_account_by_state", "account_id", "state"),
     Index("jobs_open", "state", "tier", "priority", "created_at_ms"),
-    Index("jobs_next", "state", "tier", "priority", "turn", "number"),
+    Index("jobs_next", "state", "tier", "priority", "turn", "created_at_ms"),
     Index("jobs_turn", "state", "tier", "turn"),
     Index("jobs_created", "created_at_ms"),
     Index(
@@ -122,6 +122,7 @@ stage_times = Table(
     Column("degree", Integer, primary_key=True),
     Column("seconds", Float, nullable=False),
     Column("measured_at_ms", BigInteger, nullable=False),
+    Index("stage_times_measured", "measured_at_ms"),
 )
 
 

@@ -26,3 +26,4 @@ def upgrade() -> None:
         sa.Column("seconds", sa.Float, nullable=False),
         sa.Column("measured_at_ms", sa.BigInteger, nullable=False),
     )
+    op.create_index("stage_times_measured", "stage_times", ["measured_at_ms"])

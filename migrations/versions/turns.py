@@ -26,5 +26,5 @@ def upgrade() -> None:
     op.execute(TURNS)
     op.drop_index("jobs_open", "jobs")
     op.create_index("jobs_open", "jobs", ["state", "tier", "priority", "created_at_ms"])
-    op.create_index("jobs_next", "jobs", ["state", "tier", "priority", "turn", "number"])
+    op.create_index("jobs_next", "jobs", ["state", "tier", "priority", "turn", "created_at_ms"])
     op.create_index("jobs_turn", "jobs", ["state", "tier", "turn"])

@@ -8,7 +8,7 @@ from sqlalchemy import Engine, insert, update
 from credits.accounts import Account
 from jobs.job import Job
 from jobs.order import Waiting, next_in_line, next_turn
-from jobs.store import lease
+from jobs.store import get_job, lease, move
 from jobs.tables import jobs, now_ms
 from media.object_store import LocalObjectStore
 from tests.database.conftest import end_next_job, lease_now
@@ -132,3 +132,35 @@ def test_a_job_whose_holder_is_gone_goes_first(engine: Engine) -> None:
             .values(state="running", lease_owner="dead", lease_expires_at_ms=0)
         )
     assert lease_all(engine) == [1, 2]
+
+
+def test_turns_are_of_a_tier_and_a_job_that_changes_it_gets_a_new_one(
+    engine: Engine, an_account: AnAccount, a_job: AJob
+) -> None:
+    alice, bob = an_account("alice"), an_account("bob")
+    first, second, other = a_job(alice), a_job(alice), a_job(bob)
+    assert [job.turn for job in (first, second, other)] == [1, 2, 1]
+    with engine.begin() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == first.id).values(turn=100, tier="a100"))
+        connection.execute(update(jobs).where(jobs.c.id == second.id).values(turn=200))
+    leased = lease_now(engine)
+    assert leased is not None
+    assert leased.id == other.id
+    with engine.begin() as connection:
+        move(connection, other.id, "me", "a100")
+        assert get_job(connection, other.id).turn == 100  # the first that is open there
+    assert a_job(bob).turn == 200
+    assert a_job(alice).turn == 201  # what it has on the other tier does not count
+
+
+def test_one_that_is_locked_hides_no_other(engine: Engine) -> None:
+    put(engine, [Waiting(1, 3, 1, 0), Waiting(2, 1, 1, 0), Waiting(3, 1, 1, 0)])
+    with engine.begin() as one:
+        first = lease(one, "one", ["local"], 60_000)
+        assert first is not None
+        assert first.number == 1
+        if engine.dialect.name == "postgresql":
+            with engine.begin() as other:
+                second = lease(other, "other", ["local"], 60_000)
+            assert second is not None
+            assert second.number == 3  # the one before it may be this one's, too

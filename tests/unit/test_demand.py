@@ -91,10 +91,9 @@ def test_usual_is_what_came_on_most_days() -> None:
     days = [[group(ANIMATEDIFF, count)] if count else [] for count in (0, 10, 20, 30, 40)]
     found = measure_demand(NODE, [], [], days, KindCosts(), UrgencyConfig(), NEAR)
     assert found.usual_per_s == pytest.approx(32 * ANIMATEDIFF.work_s / SMOOTH_S)
-    assert (
-        measure_demand(NODE, [], [], days[4:], KindCosts(), UrgencyConfig(), NEAR).usual_per_s
-        == 0.0
-    )
+    one_day = measure_demand(NODE, [], [], days[4:], KindCosts(), UrgencyConfig(), NEAR)
+    assert one_day.usual_per_s == pytest.approx(40 * ANIMATEDIFF.work_s / SMOOTH_S)
+    assert measure_demand(NODE, [], [], [], KindCosts(), UrgencyConfig(), NEAR).usual_per_s == 0.0
 
 
 def test_measured_steps_correct_the_others_of_their_model(model: Model) -> None:

@@ -115,3 +115,7 @@ def test_who_waits_for_a_pool_without_replicas_gets_one_at_once() -> None:
     told = pipeline({DENOISER: 0.0})
     replicas, _ = wrapped({entry.deployment_id: entry for entry in (told, waiting)})
     assert replicas[waiting.deployment_id] == 1
+    # and as many as are wanted, before the first of them works
+    told = pipeline({DENOISER: 4.0})
+    replicas, _ = wrapped({entry.deployment_id: entry for entry in (told, waiting)})
+    assert replicas[waiting.deployment_id] == 4

@@ -223,6 +223,13 @@ def test_what_is_left_of_those_at_work_is_promised_time_too() -> None:
     assert next_steps(0.0, 2, [at_work], under_way, CONFIG) == []
 
 
+def test_a_step_that_takes_longer_than_it_should_and_has_missed_its_deadline_stops_nobody() -> None:
+    slow = make_task("slow", deadline_s=9.0, steps_left=1)
+    under_way = [Step("slow", Block(0, 1), 2.0)]
+    (step,) = next_steps(10.0, 2, [slow, make_task("new")], under_way, CONFIG)
+    assert step.task_id == "new"
+
+
 def test_who_is_late_gets_a_later_deadline_out_of_what_the_others_leave() -> None:
     """Those in time always want the rank; what they can spare goes to the one that is late."""
     stream = [
