@@ -82,8 +82,8 @@ def turn_of(account_id: ColumnElement[str], tier: ColumnElement[str]) -> ColumnE
 
 def first_in_line(
     of_tiers: ColumnElement[bool],
-    min_priority: int,
-    ageing_ms: int,
+    min_priority: ColumnElement[int],
+    ageing_ms: ColumnElement[int],
     abandoned: ColumnElement[bool],
 ) -> Select[tuple[int]]:
     """The number of the job that is to be leased next, locked; no other transaction is at it.

@@ -8,11 +8,15 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     Connection,
+    Integer,
     Row,
     Select,
+    String,
     and_,
+    bindparam,
     case,
     func,
     literal,
@@ -20,6 +24,7 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from jobs.events import append_event
 from jobs.job import FINAL_STATES, Job, JobId, JobState, Outcome, Phase, Progress
@@ -87,10 +92,16 @@ def lease(
     but: jobs that owner is at work on, whose leases it let run out unawares. ageing_ms: see
     `jobs.order`. min_priority: none of a lower one.
     """
-    abandoned = _HAS_RUN_OUT
-    others = and_(jobs.c.tier.in_(tiers), jobs.c.id.not_in(but))
-    first = first_in_line(others, min_priority, ageing_ms, abandoned)
-    return _take(connection, owner, first, lease_ms)
+    asked = {
+        "of_tiers": list(tiers),
+        "but_ids": list(but),
+        "least_priority": min_priority,
+        "age_ms": ageing_ms,
+        "by_owner": owner,
+        "for_ms": lease_ms,
+    }
+    row = connection.execute(_LEASE_FIRST, asked).first()
+    return None if row is None else to_job(row)
 
 
 def lease_for(
@@ -144,20 +155,39 @@ def _take_first(
 def _take(
     connection: Connection, owner: str, number: Select[Any], lease_ms: int, **changes: Any
 ) -> Job | None:
-    row = connection.execute(
+    statement = _leasing(number).values(**changes)
+    row = connection.execute(statement, {"by_owner": owner, "for_ms": lease_ms}).first()
+    return None if row is None else to_job(row)
+
+
+def _leasing(number: Select[Any]) -> ReturningUpdate[Any]:
+    """Give the job of that number to by_owner for for_ms."""
+    return (
         update(jobs)
         .where(jobs.c.number == number.scalar_subquery())
         .values(
             state=JobState.RUNNING,
-            lease_owner=owner,
-            lease_expires_at_ms=now_ms() + lease_ms,
+            lease_owner=bindparam("by_owner", type_=String()),
+            lease_expires_at_ms=now_ms() + bindparam("for_ms", type_=BigInteger()),
             started_at_ms=func.coalesce(jobs.c.started_at_ms, now_ms()),
             attempt=jobs.c.attempt + 1,
-            **changes,
         )
         .returning(*jobs.c)
-    ).first()
-    return None if row is None else to_job(row)
+    )
+
+
+# Built once: building it takes longer than running it.
+_LEASE_FIRST = _leasing(
+    first_in_line(
+        and_(
+            jobs.c.tier.in_(bindparam("of_tiers", expanding=True)),
+            jobs.c.id.not_in(bindparam("but_ids", expanding=True)),
+        ),
+        bindparam("least_priority", type_=Integer()),
+        bindparam("age_ms", type_=BigInteger()),
+        _HAS_RUN_OUT,
+    )
+)
 
 
 def extend_leases(
