@@ -1,5 +1,10 @@
-"""The tables of `bench.scheduling` as pictures."""
+"""The tables of `bench.scheduling` as pictures: `python -m bench.scheduling_plots FILE...`.
 
+Each file holds what that command printed; its last line is read.
+"""
+
+import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +33,10 @@ def plot_nodes(result: dict[str, Any], folder: str) -> None:
         panel.barh(range(len(policies)), shares, color=colours)
         panel.set_yticks(range(len(policies)), policies)
         panel.tick_params(labelsize=7)
-        panel.set_xlim(0, 1)
+        panel.set_xlim(0, 1.14)
         panel.set_title(f"{workload}: in time, by plan", fontsize=9)
         for position, share in enumerate(shares):
-            panel.text(min(share + 0.01, 0.88), position, f"{share:.2f}", va="center", fontsize=7)
+            panel.text(share + 0.01, position, f"{share:.2f}", va="center", fontsize=7)
     figure.tight_layout()
     figure.savefig(Path(folder) / "scheduling.png", dpi=110)
     plt.close(figure)
@@ -42,7 +47,7 @@ def plot_days(result: dict[str, Any], folder: str) -> None:
     days = result.get("days", {})
     if not days:
         return
-    figure, panels = plt.subplots(1, len(days), figsize=(4.0 * len(days), 3.6), squeeze=False)
+    figure, panels = plt.subplots(1, len(days), figsize=(5.4 * len(days), 3.8), squeeze=False)
     for panel, (day, rows) in zip(panels[0], days.items(), strict=True):
         for scaler, row in rows.items():
             colour = OURS if scaler == "by-demand" else OTHERS
@@ -54,7 +59,24 @@ def plot_days(result: dict[str, Any], folder: str) -> None:
         panel.set_xlabel("node-hours over those of the work", fontsize=8)
         panel.set_ylabel("in time", fontsize=8)
         panel.set_title(day, fontsize=9)
+        panel.margins(x=0.22, y=0.1)
         panel.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(Path(folder) / "scaling.png", dpi=110)
     plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.scheduling_plots", description=__doc__)
+    parser.add_argument("printed", nargs="+", type=Path)
+    parser.add_argument("--folder", default="docs")
+    arguments = parser.parse_args()
+    result: dict[str, Any] = {}
+    for path in arguments.printed:
+        result |= json.loads(path.read_text().strip().splitlines()[-1])
+    plot_nodes(result, arguments.folder)
+    plot_days(result, arguments.folder)
+
+
+if __name__ == "__main__":
+    main()
