@@ -82,7 +82,7 @@ class StepLoop:
         self.clock = StepClock(group, config.hang)
         self.traffic = TrafficCounters()
         self.num_taken = self.num_made = 0
-        self.finished: deque[tuple[Held, ray.ObjectRef[Any]]] = deque(maxlen=KEPT_LATENTS)
+        self.finished: deque[ray.ObjectRef[Any]] = deque(maxlen=KEPT_LATENTS)
         self.held: dict[str, Held] = {}
         self.under_way: dict[str, Step] = {}
         self.tasks: set[asyncio.Task[None]] = set()
@@ -137,15 +137,10 @@ class StepLoop:
 
     async def hand_over(self) -> None:
         """Save every request at its next step boundary, and have its caller take it elsewhere; take
-        in none from now on. What was finished last is saved as well: its latents go with this
-        process.
+        in none from now on.
         """
         self.is_leaving = True
-        done = [held for held, _ in self.finished if held.unsaved.steps]
-        await asyncio.gather(
-            *(self._hand_over(held) for held in list(self.held.values())),
-            *(self._save(held, held.state, held.plan) for held in done),
-        )
+        await asyncio.gather(*(self._hand_over(held) for held in list(self.held.values())))
 
     async def _hand_over(self, held: Held) -> None:
         while held.id in self.under_way:
@@ -338,7 +333,7 @@ class StepLoop:
         if held.saving is not None:
             await held.saving
         latents = ray.put(held.state.latents)
-        self.finished.append((held, latents))
+        self.finished.append(latents)
         held.moments.put_nowait(held.moment(latents))
 
     def _save_is_due(self, held: Held, step_s: float) -> bool:
