@@ -14,7 +14,9 @@ from models.tensors import Frames
 # What a quota promises a job; rather too much than too little, since the real length is known only
 # afterwards.
 BYTES_PER_PIXEL = 0.03
-BT709 = "colorprim=bt709:transfer=bt709:colormatrix=bt709"
+# x264's macroblock tree reads memory that it has not written (its SIMD code, in the 2026 build that
+# imageio-ffmpeg brings): the same frames would now and then be other bytes.
+X264 = "colorprim=bt709:transfer=bt709:colormatrix=bt709:mbtree=0"
 
 
 def estimate_bytes(num_frames: int, width: int, height: int) -> int:
@@ -54,7 +56,7 @@ class Mp4Encoder:
             color_range="tv",
             movflags="+faststart",
             threads=threads,
-            **{"x264-params": BT709},
+            **{"x264-params": X264},
         )
         # x264's threads are not ffmpeg's only ones: its filters would take every core.
         self.process: subprocess.Popen[bytes] = video.global_args(

@@ -234,10 +234,7 @@ def test_a_tile_that_is_lost_with_its_decoder_is_made_again_alone(
     frames = [event.data["frame"] for event in events if event.data["phase"] == "decode"]
     assert frames == [8, 13]  # nothing above the lost tile began again
     cluster.client.download(video_id, tmp_path / "b.mp4")
-    run(cluster.client, tmp_path / "other.mp4", **large, seed=2)
-    pixels = {name: read_mp4(tmp_path / f"{name}.mp4").astype(int) for name in ("a", "b", "other")}
-    # A tile that is missing, or another's, is wrong in every frame. In one run of about thirty two
-    # frames differ that no other is predicted from; where that begins is not known.
-    differing = np.abs(pixels["a"] - pixels["b"]).max(axis=(1, 2, 3)) > 0
-    assert np.count_nonzero(differing) <= 4, differing
-    assert (np.abs(pixels["a"] - pixels["other"]).max(axis=(1, 2, 3)) > 0).all()
+    if (tmp_path / "b.mp4").read_bytes() != expected.content:
+        pixels = [read_mp4(tmp_path / name).astype(int) for name in ("a.mp4", "b.mp4")]
+        frames = np.abs(pixels[0] - pixels[1]).max(axis=(1, 2, 3))
+        pytest.fail(f"the files differ, the pixels of each frame by {frames.tolist()}")

@@ -53,6 +53,24 @@ def test_an_mp4_has_the_frames_colours_and_layout_of_the_web(
         assert np.median(difference) <= 6
 
 
+def test_the_same_frames_are_the_same_file_whatever_memory_held_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MALLOC_PERTURB_ has glibc fill what it gives away, so that reading it unwritten tells."""
+    chance = np.random.default_rng(0)
+    blocks = np.kron(chance.integers(0, 256, (20, 20, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    moving = np.stack([blocks[n : n + 288, 2 * n : 2 * n + 288] for n in range(13)])
+    written = []
+    for fill in ("165", "90"):
+        monkeypatch.setenv("MALLOC_PERTURB_", fill)
+        path = tmp_path / f"{fill}.mp4"
+        with Mp4Encoder(path, width=288, height=288, fps=8, threads=1) as encoder:
+            encoder.write(Frames(moving, 8))
+            encoder.finish()
+        written.append(path.read_bytes())
+    assert written[0] == written[1]
+
+
 def test_an_encoder_that_fails_says_why(tmp_path: Path) -> None:
     path = tmp_path / "no" / "x.mp4"
     with Mp4Encoder(path, width=64, height=64, fps=8, threads=1) as encoder:
