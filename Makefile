@@ -27,7 +27,7 @@ serve: setup
 
 # What starts no cluster, by several processes; clusters have the machine to themselves.
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 \
-	--dist loadfile tests/unit tests/parallel tests/sources tests/database tests/k8s
+	--dist loadfile --ignore tests/serve
 
 test: setup
 	$(SIDE_BY_SIDE) -m "not long"

@@ -33,23 +33,6 @@ class TraceLine(BaseModel, frozen=True, extra="forbid"):
     account: int = Field(ge=0)
 
 
-def write_trace(asked: Iterable[Asked]) -> Iterator[str]:
-    """A line for each."""
-    for one in asked:
-        kind = one.kind
-        line = TraceLine(
-            at_s=one.arrived_s,
-            family=kind.family,
-            num_frames=kind.num_frames,
-            width=kind.width,
-            height=kind.height,
-            num_steps=kind.num_steps,
-            plan=one.plan,
-            account=one.account,
-        )
-        yield line.model_dump_json()
-
-
 def read_trace(lines: Iterable[str]) -> Iterator[Asked]:
     """The requests, in the order of their lines. ValueError names the line that is none, or that
     comes before the one above it.

@@ -25,8 +25,9 @@ from deployments.purge import Purger
 from deployments.settlement import Ending, WorkDone, cancel, cancellation, settle
 from deployments.webhooks import LEASE_MS as WEBHOOK_LEASE_MS
 from jobs.job import FINAL_STATES, Job, JobState, Phase, Progress
+from jobs.leases import extend_leases, lease
 from jobs.outbox import claim_delivery, mark_delivered, webhook_deliveries
-from jobs.store import extend_leases, lease, list_jobs, record
+from jobs.store import list_jobs, record
 from jobs.tables import jobs
 from jobs.webhooks import create_endpoint, webhook_endpoints
 from media.object_store import LocalObjectStore

@@ -44,8 +44,9 @@ from deployments.idempotency import Attempt
 from deployments.settlement import Ending, WorkDone, cancel, cancellation, settle
 from deployments.wire_bodies import AccountChange
 from jobs.job import FINAL_STATES, Job, JobId, JobState, Phase, Progress
+from jobs.leases import lease
 from jobs.retention import mark_deleted
-from jobs.store import JobNotFound, LeaseLost, get_job, lease, record, stored_bytes
+from jobs.store import JobNotFound, LeaseLost, get_job, record, stored_bytes
 from jobs.tables import job_events, jobs
 from media.object_store import LocalObjectStore
 from models.catalog import Model

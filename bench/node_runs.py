@@ -123,11 +123,6 @@ def plan_weight(job: Job) -> float:
     return WEIGHTS[job.asked.plan]
 
 
-def attainment(history: History) -> float:
-    """Of the deadlines, weighted by plan."""
-    return share_in_time(counted(history), plan_weight)
-
-
 def jain(values: Sequence[float]) -> float:
     """Jain's index of fairness: 1 if all are equal, 1/n if one has everything."""
     return sum(values) ** 2 / (len(values) * sum(value**2 for value in values))

@@ -15,7 +15,7 @@ from bench.databases import fresh_database, running_postgresql
 from bench.machine import describe_machine
 from deployments.database import migrate, open_database
 from jobs.demand import open_groups
-from jobs.store import lease
+from jobs.leases import lease
 
 JOBS_OF_ACCOUNT = 3
 FILL = text(

@@ -15,10 +15,10 @@ from credits.ledger import AlreadySettled, InsufficientCredits
 from credits.plans import PlanForbids, StorageFull, TooManyJobs
 from credits.rates import RateLimited
 from deployments.checkpoints import CheckpointUnreadable
+from deployments.held import HandedOver, RequestQuarantined
 from deployments.origin import ForeignPackage
 from deployments.rank_group import GroupBroken, SeatsUneven
 from deployments.resident_models import ModelTooLarge
-from deployments.step_loop import HandedOver, RequestQuarantined
 from deployments.url_guard import UrlRefused
 from jobs.outbox import DeliveryNotFound
 from jobs.store import IdempotencyConflict, JobNotFound, LeaseLost

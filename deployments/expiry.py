@@ -8,7 +8,8 @@ from credits.ledger import AlreadySettled
 from credits.pricing import WorkWeights
 from deployments.config import LeaseConfig
 from deployments.settlement import WorkDone, expiry, settle
-from jobs.store import LeaseLost, lease_overdue
+from jobs.leases import lease_overdue
+from jobs.store import LeaseLost
 from media.object_store import ObjectStore
 
 logger = logging.getLogger("ray.serve")

@@ -17,6 +17,28 @@ if TYPE_CHECKING:
     import ray
 
 
+class RequestQuarantined(Exception):
+    """The group broke during a request's steps as often as any request may break it."""
+
+    def __init__(self, job_id: str, kills: int) -> None:
+        super().__init__(job_id, kills)
+        self.job_id, self.kills = job_id, kills
+
+    def __str__(self) -> str:
+        return f"job {self.job_id} broke the denoiser {self.kills} times"
+
+
+class HandedOver(Exception):
+    """The replica goes away: the job goes on from its checkpoint on another one."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+    def __str__(self) -> str:
+        return f"job {self.job_id} is handed over to another denoiser"
+
+
 @dataclass(frozen=True, slots=True)
 class Way:
     """What a step costs, and how each number of ranks shares it best."""

@@ -5,12 +5,9 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import statistics
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,19 +21,20 @@ from deployments.checkpoints import CheckpointUnreadable
 from deployments.config import LeaseConfig, TierConfig, read_pepper
 from deployments.database import migrate, open_database, reader, retry_while_away, when_back
 from deployments.errors import answer_for
+from deployments.free_slots import FreeSlots
+from deployments.held import HandedOver
+from deployments.made import Made, note_times_of
 from deployments.messages import Denoised, DenoiseWork, Encoded, Encoding, Published
 from deployments.rank_group import GroupBroken
 from deployments.scaling import Scaler
 from deployments.settlement import Ending, WorkDone, cancellation, settle, work_told
-from deployments.step_loop import HandedOver
 from deployments.sweep import Sweeper
 from deployments.webhooks import WebhookConfig, WebhookSender
 from jobs.job import Job, JobId, JobState, Phase, Progress
-from jobs.stage_times import TimedStage, note_times
-from jobs.store import LeaseLost, cancelled_of, extend_leases, lease, lease_for, move, record
+from jobs.leases import extend_leases, move
+from jobs.store import LeaseLost, cancelled_of, record
 from media.object_store import ObjectStore
 from models.catalog import Model
-from models.cost import VideoShape
 from models.memory import OutOfMemory
 from models.request import VideoRequest
 
@@ -53,20 +51,6 @@ WORKER_LOST = (
     HandedOver,
     CheckpointUnreadable,
 )
-
-
-@dataclass(slots=True)
-class Made:
-    """What a job's earlier attempts have left: the latents, what they took, what to warn of.
-
-    step_s: of its steps, by the number of ranks; decode_s: of its frames, once there are any.
-    """
-
-    denoised: Denoised | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    step_s: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
-    decode_s: float | None = None
-    warnings: list[str] = field(default_factory=list)
 
 
 class VideoPipeline:
@@ -114,7 +98,7 @@ class VideoPipeline:
         self.sweeper = Sweeper(self.engine, store, weights, leases, self.owner)
         self.webhooks = WebhookSender(self.engine, read_pepper(home, database_url), webhooks)
         self.scaler = Scaler(self.engine, models, tiers)
-        self.at_any_size = at_any_size
+        self.slots = FreeSlots(self.engine, self.owner, tiers, leases, at_any_size)
         self.wanted = asyncio.Event()
         self.cancel_wanted = asyncio.Event()
         self.loops = [
@@ -152,7 +136,7 @@ class VideoPipeline:
     async def _lease_jobs(self) -> None:
         while True:
             self.wanted.clear()
-            for job in await when_back(self._lease_free_slots):
+            for job in await when_back(functools.partial(self.slots.fill, self.tier_of)):
                 self.tier_of[job.id] = job.tier
                 task = asyncio.create_task(self._run(job))
                 task.add_done_callback(functools.partial(self._forget, job.id))
@@ -167,49 +151,6 @@ class VideoPipeline:
         self.tier_of.pop(job_id, None)
         self.cancelled.discard(job_id)
         self.wanted.set()
-
-    def _lease_free_slots(self) -> list[Job]:
-        leased: list[Job] = []
-        taken = list(self.tier_of.values())
-        for tier in self.tiers:
-            most = tier.jobs_at_once + tier.express_at_once
-            for number in range(taken.count(tier.tier), most):
-                # A step scheduler can let overtake only whom it knows of.
-                is_express = number >= tier.jobs_at_once
-                job = self._lease(tier, is_express=is_express)
-                if job is None and not is_express:
-                    job = self._lease_of_helped(tier)
-                if job is None:
-                    break
-                leased.append(job)
-        return leased
-
-    def _lease(self, tier: TierConfig, *, is_express: bool) -> Job | None:
-        with self.engine.begin() as connection:
-            return lease(
-                connection,
-                self.owner,
-                [tier.tier],
-                self._lease_ms(),
-                set(self.running),
-                int(self.leases.ageing_s * 1000),
-                tier.denoiser.urgency.express_priority if is_express else 0,
-            )
-
-    def _lease_of_helped(self, tier: TierConfig) -> Job | None:
-        """A job that has waited for its own tier for long, and is this one's from now on."""
-        if not tier.helps:
-            return None
-        with self.engine.begin() as connection:
-            return lease_for(
-                connection,
-                self.owner,
-                tier.tier,
-                of_tiers=tier.helps,
-                models=self.at_any_size[tier.tier],
-                min_wait_ms=int(tier.helps_after_s * 1000),
-                lease_ms=self._lease_ms(),
-            )
 
     async def _extend_leases(self) -> None:
         while True:
@@ -260,8 +201,7 @@ class VideoPipeline:
             await self._while_held(functools.partial(self._move, job.id, tier))
         else:
             await self._while_held(functools.partial(self._settle, job, done, ending))
-            if made.decode_s is not None:
-                await asyncio.to_thread(self._note_times, job, made)
+            await asyncio.to_thread(note_times_of, self.engine, job, made)
 
     def _move(self, job_id: JobId, tier: str) -> None:
         with self.engine.begin() as connection:
@@ -347,19 +287,6 @@ class VideoPipeline:
                 "skipped_passes": done.skipped,
             },
         )
-
-    def _note_times(self, job: Job, made: Made) -> None:
-        """What the next ones like it are expected to take."""
-        request = VideoRequest.model_validate(job.request)
-        like = (request.model, str(VideoShape.of(request)), job.tier)
-        took_s = [
-            (TimedStage(*like, Phase.DENOISE, degree), statistics.median(steps))
-            for degree, steps in made.step_s.items()
-        ]
-        assert made.decode_s is not None
-        took_s.append((TimedStage(*like, Phase.DECODE), made.decode_s))
-        with self.engine.begin() as connection:
-            note_times(connection, took_s)
 
     async def _denoise(self, job: Job, request: VideoRequest, done: WorkDone, made: Made) -> None:
         started_s = time.monotonic()

@@ -20,7 +20,7 @@ from autoscaling.step_scheduler import Step, Task, next_steps
 from autoscaling.urgency import judge
 from deployments.checkpoints import Checkpoints, Unsaved
 from deployments.config import DenoiserConfig
-from deployments.held import Held, Way
+from deployments.held import HandedOver, Held, RequestQuarantined, Way
 from deployments.messages import Denoised, DenoiseWork
 from deployments.rank_group import Begun, GroupBroken, Made, RankGroup
 from deployments.step_clock import StepClock
@@ -40,28 +40,6 @@ logger = logging.getLogger("ray.serve")
 KEPT_LATENTS = 8
 
 T = TypeVar("T")
-
-
-class RequestQuarantined(Exception):
-    """The group broke during a request's steps as often as any request may break it."""
-
-    def __init__(self, job_id: str, kills: int) -> None:
-        super().__init__(job_id, kills)
-        self.job_id, self.kills = job_id, kills
-
-    def __str__(self) -> str:
-        return f"job {self.job_id} broke the denoiser {self.kills} times"
-
-
-class HandedOver(Exception):
-    """The replica goes away: the job goes on from its checkpoint on another one."""
-
-    def __init__(self, job_id: str) -> None:
-        super().__init__(job_id)
-        self.job_id = job_id
-
-    def __str__(self) -> str:
-        return f"job {self.job_id} is handed over to another denoiser"
 
 
 class StepLoop:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from sqlalchemy import (
+    CTE,
     BigInteger,
     ColumnElement,
     ScalarSelect,
@@ -91,68 +92,10 @@ def first_in_line(
     of_tiers: what is asked of queued and running jobs. abandoned: of a running one, whether its
     holder is gone; such a one goes before any that waits.
     """
-    queued = and_(jobs.c.state == JobState.QUEUED, of_tiers)
-    now = _one(select(now_ms()))
-    # Every priority that somebody waits with, one after the other: a step through the index each.
-    least = select(func.min(jobs.c.priority).label("priority"))
-    priorities = least.where(queued, jobs.c.priority >= min_priority).cte(
-        "priorities", recursive=True
-    )
-    above = select(func.min(jobs.c.priority)).where(queued, jobs.c.priority > priorities.c.priority)
-    priorities = priorities.union_all(
-        select(above.correlate(priorities).scalar_subquery()).where(
-            priorities.c.priority.is_not(None)
-        )
-    )
-    oldest = _one(
-        select(func.min(jobs.c.created_at_ms))
-        .where(queued, jobs.c.priority == priorities.c.priority)
-        .correlate(priorities)
-    )
-    waited_ms = cast(now - oldest, BigInteger)
-    levels = (
-        select(
-            priorities.c.priority, (priorities.c.priority + waited_ms // ageing_ms).label("level")
-        )
-        .where(priorities.c.priority.is_not(None))
-        .cte("levels")
-    )
-    # of that level: whoever came before a moment
-    came_by_ms = now - (levels.c.level - levels.c.priority) * ageing_ms
-    of_level = and_(queued, jobs.c.priority == levels.c.priority)
-    turns = select(
-        levels.c.priority,
-        levels.c.level,
-        came_by_ms.label("came_by_ms"),
-        _one(select(func.min(jobs.c.turn)).where(of_level).correlate(levels)).label("turn"),
-    ).cte("turns", recursive=True)
-    of_turn = and_(queued, jobs.c.priority == turns.c.priority)
-    following = select(func.min(jobs.c.turn)).where(of_turn, jobs.c.turn > turns.c.turn)
-    oldest_of_turn = (
-        select(func.min(jobs.c.created_at_ms))
-        .where(of_turn, jobs.c.turn == turns.c.turn)
-        .correlate(turns)
-    )
-    # From one turn to the next, until there is one with somebody of the level.
-    turns = turns.union_all(
-        select(
-            turns.c.priority,
-            turns.c.level,
-            turns.c.came_by_ms,
-            _one(following.correlate(turns)),
-        ).where(turns.c.turn.is_not(None), _one(oldest_of_turn) > turns.c.came_by_ms)
-    )
-    lowest = (
-        select(
-            turns.c.priority,
-            turns.c.level,
-            turns.c.came_by_ms,
-            func.max(turns.c.turn).label("turn"),
-        )
-        .group_by(turns.c.priority, turns.c.level, turns.c.came_by_ms)
-        .cte("lowest")
-    )
-    best = (
+    queued = and_(jobs.c.state == JobState.QUEUED, of_tiers, jobs.c.priority >= min_priority)
+    running = and_(jobs.c.state == JobState.RUNNING, of_tiers, jobs.c.priority >= min_priority)
+    lowest = _lowest_turns(queued, _levels(queued, ageing_ms))
+    best = _locked(
         select(jobs.c.number)
         .where(
             queued,
@@ -161,31 +104,25 @@ def first_in_line(
             jobs.c.created_at_ms <= lowest.c.came_by_ms,
         )
         .order_by(jobs.c.created_at_ms, jobs.c.number)
-        .limit(1)
-        .with_for_update(skip_locked=True)
         .correlate(lowest)
     )
-    left_alone = (
+    left_alone = _locked(
         select(jobs.c.number)
-        .where(
-            jobs.c.state == JobState.RUNNING, of_tiers, jobs.c.priority >= min_priority, abandoned
-        )
+        .where(running, abandoned)
         .order_by(jobs.c.turn, jobs.c.created_at_ms)
-        .limit(1)
-        .with_for_update(skip_locked=True)
         .correlate(None)
     )
     found = union_all(
-        select(_one(left_alone).label("number"), literal(None).label("level")),
+        select(left_alone.label("number"), literal(1).label("is_left"), literal(0).label("level")),
         # of every priority, so that one that is locked hides no other
-        select(_one(best), lowest.c.level),
+        select(best, literal(0), lowest.c.level),
     ).cte("found")
     candidate = jobs.alias("candidate")
     return (
         select(candidate.c.number)
         .join(found, found.c.number == candidate.c.number)
         .order_by(
-            case((found.c.level.is_(None), 0), else_=1),
+            found.c.is_left.desc(),
             found.c.level.desc(),
             candidate.c.turn,
             candidate.c.created_at_ms,
@@ -193,6 +130,61 @@ def first_in_line(
         )
         .limit(1)
     )
+
+
+def _levels(queued: ColumnElement[bool], ageing_ms: ColumnElement[int]) -> CTE:
+    """Every priority that somebody waits with, the level of its oldest job, and came_by_ms: whoever
+    came by then is of that level, too. A step through an index for each.
+    """
+    least = select(func.min(jobs.c.priority).label("priority")).where(queued)
+    priorities = least.cte("priorities", recursive=True)
+    above = select(func.min(jobs.c.priority)).where(queued, jobs.c.priority > priorities.c.priority)
+    priorities = priorities.union_all(
+        select(_one(above.correlate(priorities))).where(priorities.c.priority.is_not(None))
+    )
+    oldest = select(func.min(jobs.c.created_at_ms)).where(
+        queued, jobs.c.priority == priorities.c.priority
+    )
+    waits = (
+        select(
+            priorities.c.priority,
+            _one(oldest.correlate(priorities)).label("oldest_ms"),
+            now_ms().label("now_ms"),
+        )
+        .where(priorities.c.priority.is_not(None))
+        .cte("waits")
+    )
+    waited_ms = cast(waits.c.now_ms - waits.c.oldest_ms, BigInteger)
+    return select(
+        waits.c.priority,
+        (waits.c.priority + waited_ms // ageing_ms).label("level"),
+        (waits.c.oldest_ms + waited_ms % ageing_ms).label("came_by_ms"),
+    ).cte("levels")
+
+
+def _lowest_turns(queued: ColumnElement[bool], levels: CTE) -> CTE:
+    """The lowest turn of each of these levels, found from one turn to the next: none is somebody's
+    of the level if its oldest job came later.
+    """
+    kept = (levels.c.priority, levels.c.level, levels.c.came_by_ms)
+    first = select(func.min(jobs.c.turn)).where(queued, jobs.c.priority == levels.c.priority)
+    turns = select(*kept, _one(first.correlate(levels)).label("turn")).cte("turns", recursive=True)
+    same = and_(queued, jobs.c.priority == turns.c.priority)
+    following = select(func.min(jobs.c.turn)).where(same, jobs.c.turn > turns.c.turn)
+    oldest = select(func.min(jobs.c.created_at_ms)).where(same, jobs.c.turn == turns.c.turn)
+    kept = (turns.c.priority, turns.c.level, turns.c.came_by_ms)
+    turns = turns.union_all(
+        select(*kept, _one(following.correlate(turns))).where(
+            turns.c.turn.is_not(None), _one(oldest.correlate(turns)) > turns.c.came_by_ms
+        )
+    )
+    kept = (turns.c.priority, turns.c.level, turns.c.came_by_ms)
+    return select(*kept, func.max(turns.c.turn).label("turn")).group_by(*kept).cte("lowest")
+
+
+def _locked(query: Select[tuple[int]]) -> ScalarSelect[int]:
+    """The first that no other transaction is at."""
+    return _one(query.limit(1).with_for_update(skip_locked=True))
 
 
 def _one(query: Select[tuple[int]]) -> ScalarSelect[int]:

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import NamedTuple
 
-from sqlalchemy import Connection, case, select
+from sqlalchemy import Connection, case, delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from jobs.job import Phase
@@ -13,6 +13,7 @@ from jobs.tables import now_ms, stage_times
 SHORTER, LONGER = 0.5, 0.05
 # Users may ask for any number of sizes: of so many, those that were measured last say enough.
 READ = 512
+KEPT_MS = 30 * 86_400_000
 
 
 class TimedStage(NamedTuple):
@@ -26,7 +27,12 @@ class TimedStage(NamedTuple):
 
 
 def note_times(connection: Connection, took_s: Collection[tuple[TimedStage, float]]) -> None:
-    """Let what was measured move what is known: by half where it is shorter, a little if not."""
+    """Let what was measured move what is known: by half where it is shorter, a little if not.
+
+    What nobody has measured for KEPT_MS is forgotten.
+    """
+    now = select(now_ms()).scalar_subquery()
+    connection.execute(delete(stage_times).where(stage_times.c.measured_at_ms < now - KEPT_MS))
     insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     known = stage_times.c.seconds
     # in one order, so that no two who note the same wait for each other

@@ -33,7 +33,8 @@ from deployments.settlement import Ending, WorkDone, settle
 from deployments.url_guard import UrlGuardConfig
 from deployments.webhooks import WebhookConfig
 from jobs.job import Job, JobState
-from jobs.store import get_job, lease
+from jobs.leases import lease
+from jobs.store import get_job
 from media.object_store import LocalObjectStore
 from models.catalog import Model
 from models.request import VideoRequest

@@ -17,9 +17,10 @@ from credits.plans import Plan
 from deployments.database import reader
 from jobs.demand import JobGroup, arrived_groups, open_groups
 from jobs.job import Job, Phase, Progress
-from jobs.stage_times import TimedStage, note_times, read_times
-from jobs.store import lease, lease_for, record, request_cancel
-from jobs.tables import jobs, now_ms
+from jobs.leases import lease, lease_for
+from jobs.stage_times import KEPT_MS, TimedStage, note_times, read_times
+from jobs.store import record, request_cancel
+from jobs.tables import jobs, now_ms, stage_times
 from models.catalog import Model
 from models.cost import VideoShape
 from models.request import VideoRequest
@@ -136,6 +137,12 @@ def test_stage_times_follow_what_is_shorter_at_once_and_what_is_longer_slowly(
     note((stage, 3.5))
     assert known()[stage] == pytest.approx(1.6)
     assert known()[other] == 10.0
+    with engine.begin() as connection:
+        old_ms = now_ms() - KEPT_MS - 1000
+        is_other = stage_times.c.stage == Phase.DECODE
+        connection.execute(update(stage_times).where(is_other).values(measured_at_ms=old_ms))
+    note((stage, 1.6))
+    assert set(known()) == {stage}
 
 
 def test_a_tier_takes_jobs_that_have_waited_for_another(

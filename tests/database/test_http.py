@@ -11,7 +11,8 @@ from credits.accounts import Account
 from credits.pricing import WorkWeights
 from deployments.settlement import Ending, WorkDone, settle
 from jobs.job import JobState, Phase, Progress
-from jobs.store import lease, record
+from jobs.leases import lease
+from jobs.store import record
 from tests.conftest import read_account
 from tests.database.conftest import Door, png
 

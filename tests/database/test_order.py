@@ -7,8 +7,9 @@ from sqlalchemy import Engine, insert, update
 
 from credits.accounts import Account
 from jobs.job import Job
+from jobs.leases import lease, move
 from jobs.order import Waiting, next_in_line, next_turn
-from jobs.store import get_job, lease, move
+from jobs.store import get_job
 from jobs.tables import jobs, now_ms
 from media.object_store import LocalObjectStore
 from tests.database.conftest import end_next_job, lease_now

@@ -19,7 +19,8 @@ from deployments.idempotency import Attempt
 from deployments.purge import Purger
 from deployments.settlement import Ending, WorkDone, cancellation, settle, work_told
 from jobs.job import Job, JobEvent, JobState, Outcome, Phase, Progress
-from jobs.store import LeaseLost, move, record
+from jobs.leases import move
+from jobs.store import LeaseLost, record
 from jobs.tables import jobs
 from media.object_store import LocalObjectStore
 from media.renditions import Rendition, rendition_key

@@ -18,17 +18,15 @@ from deployments.database import migrate, open_database, reader, retry_while_awa
 from deployments.purge import Purger
 from jobs.events import events_after
 from jobs.job import Job, JobState, Outcome, Phase, Progress
+from jobs.leases import extend_leases, lease, move
 from jobs.retention import mark_deleted, mark_purged, purgeable
 from jobs.store import (
     JobNotFound,
     LeaseLost,
     cancelled_of,
-    extend_leases,
     finish,
     get_job,
-    lease,
     list_jobs,
-    move,
     record,
     request_cancel,
 )

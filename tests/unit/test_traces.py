@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from autoscaling.traces import kind_of, read_trace, write_trace
+from autoscaling.traces import TraceLine, kind_of, read_trace
 from autoscaling.workloads import HETU_KINDS, KINDS, PLANS, mean_work_s, poisson, requests
 from models.request import ModelFamily
 
@@ -25,7 +25,20 @@ LINE = {
 def test_what_is_written_is_read() -> None:
     rng = random.Random(0)
     asked = list(itertools.islice(requests(poisson(rng, 0.1), rng, plans=PLANS), 50))
-    assert list(read_trace(write_trace(asked))) == asked
+    lines = [
+        TraceLine(
+            at_s=one.arrived_s,
+            family=one.kind.family,
+            num_frames=one.kind.num_frames,
+            width=one.kind.width,
+            height=one.kind.height,
+            num_steps=one.kind.num_steps,
+            plan=one.plan,
+            account=one.account,
+        ).model_dump_json()
+        for one in asked
+    ]
+    assert list(read_trace(lines)) == asked
 
 
 def test_steps_are_the_recorded_ones() -> None:

@@ -16,8 +16,8 @@ from bench.lost_node import STORE_BYTES
 from deployments.checkpoints import checkpoint_key
 from deployments.config import DenoiserConfig, TierConfig
 from deployments.denoiser import Denoiser
+from deployments.held import HandedOver
 from deployments.messages import DenoiseWork
-from deployments.step_loop import HandedOver
 from media.object_store import LocalObjectStore
 from models.catalog import Model
 from models.checkpoint import unpack

@@ -24,9 +24,10 @@ from bench.ranks import run_ranks
 from deployments.checkpoints import Checkpoints
 from deployments.config import DenoiserConfig, TierConfig
 from deployments.denoiser import Denoiser
+from deployments.held import RequestQuarantined
 from deployments.messages import DenoiseWork
 from deployments.rank_group import GroupBroken, RankGroup
-from deployments.step_loop import RequestQuarantined, StepLoop
+from deployments.step_loop import StepLoop
 from jobs.store import LeaseLost
 from media.object_store import LocalObjectStore
 from models.catalog import Model, load_model
