@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 # From here on GPUs have flash attention; older ones gain by xformers.
 FLASH_CAPABILITY = 8
+NO_KERNEL_IMAGE = 209  # cudaErrorNoKernelImageForDevice
 
 
 def use_attention(network: Any, compute: Compute, device: torch.device, dtype: torch.dtype) -> None:
@@ -62,8 +63,11 @@ def probe_xformers(device: torch.device, dtype: torch.dtype) -> None:
     query = torch.zeros(1, 8, 1, 64, device=device, dtype=dtype)
     try:
         xformers.ops.memory_efficient_attention(query, query, query)
-    except (NotImplementedError, torch.AcceleratorError) as error:
-        # no operator takes these; or there is none for this GPU. All else is a fault, not a lack.
+    except NotImplementedError as error:  # no operator takes these
+        raise ComputeUnavailable(Attention.XFORMERS, f"on {device}: {error}") from error
+    except torch.AcceleratorError as error:
+        if error.error_code != NO_KERNEL_IMAGE:  # type: ignore[attr-defined]
+            raise  # a fault of the GPU, not a lack
         raise ComputeUnavailable(Attention.XFORMERS, f"on {device}: {error}") from error
 
 

@@ -1,8 +1,10 @@
 """In which numbers, with whose attention and from which weights a tier computes."""
 
 import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -129,6 +131,28 @@ def test_the_best_attention_is_probed_and_logged(
     assert f"attention by {chosen}, the best here" in caplog.text
     was_refused = capability == (7, 5) and not works
     assert ("no kernel image" in caplog.text) == was_refused
+
+
+@pytest.mark.parametrize(("code", "raised"), [(209, ComputeUnavailable), (700, RuntimeError)])
+def test_a_fault_of_the_gpu_is_not_taken_for_a_lack(
+    monkeypatch: pytest.MonkeyPatch, code: int, raised: type[Exception]
+) -> None:
+    """xformers without an image for this GPU, and xformers at an illegal address."""
+
+    def fail(*_: Any) -> None:
+        error = torch.AcceleratorError("CUDA error")
+        error.error_code = code  # type: ignore[attr-defined]
+        raise error
+
+    operators = ModuleType("xformers.ops")
+    operators.memory_efficient_attention = fail  # type: ignore[attr-defined]
+    package = ModuleType("xformers")
+    package.ops = operators  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "xformers", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", operators)
+    with pytest.raises(raised) as found:
+        probe_xformers(CPU, torch.float32)
+    assert isinstance(found.value, ComputeUnavailable) is (code == 209)
 
 
 def test_fused_attention_makes_the_same_and_never_falls_back(family: Model) -> None:
