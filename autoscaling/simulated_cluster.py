@@ -105,9 +105,9 @@ class Job:
     """A request in the simulated cluster.
 
     task.steps_left is what it will be when the step under way has ended. turn: in the queue, 0
-    before it came there. slowness: by which its
-    steps take longer than expected. saved_left: steps left at the last checkpoint, made when it had
-    run for saved_ran_s. gpu_s: what its steps took; lost_steps: made again.
+    before it came there. slowness: by which its steps take longer than expected. saved_left: steps
+    left at the last checkpoint, made when it had run for saved_ran_s. gpu_s: what its steps took;
+    lost_steps: made again.
     """
 
     asked: Asked

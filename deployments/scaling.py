@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 
 from autoscaling.demand import SMOOTH_S, PoolDemand, measure_demand
 from autoscaling.policy import WANTED
-from autoscaling.pool_scaling import Wanted, wanted_decoders, wanted_denoisers
+from autoscaling.pool_scaling import Reason, Wanted, wanted_decoders, wanted_denoisers
 from autoscaling.stage_costs import StageCosts, TierGpus
 from autoscaling.tiers import GpuTier
 from deployments.config import TierConfig
@@ -200,7 +200,10 @@ class Scaler:
         for decision in self.decisions:
             wanted = decision.wanted
             counts = [("ready", decision.ready, ""), ("coming", decision.coming, "")]
-            counts.append(("wanted", wanted.replicas, str(wanted.reason)))
+            # Of every reason: a gauge keeps what it was told of one that is no longer it.
+            for cause in Reason:
+                replicas = wanted.replicas if cause is wanted.reason else 0
+                counts.append(("wanted", replicas, str(cause)))
             for kind, count, reason in counts:
                 tags = {"pool": decision.deployment, "kind": kind, "reason": reason}
                 self.replicas.set(count, tags)
