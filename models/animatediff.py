@@ -192,6 +192,10 @@ class AnimateDiffDenoiser(OneAtATime[AnimateDiffConditioning]):
         beside = self.controls.num_parameters(nets_of(self.model, request))
         return self.unet.shape(self.model, request, num_texts, beside)
 
+    def num_blocks(self, request: VideoRequest, num_texts: int) -> int:
+        """The UNet's; it is run through once, by whomever for which text."""
+        return self.unet.num_blocks
+
     @torch.inference_mode()
     def start(self, request: VideoRequest, conditioning: AnimateDiffConditioning) -> DenoiseState:
         """Noise from the seed alone; a source video with as much of it as `strength` says."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.catalog import Model
 from models.cost import UNET_PARAMETERS, denoise_shape
+from models.pausing import let_pause
 from models.request import VideoRequest
 from models.unet_sharding import shard_frames
 from parallel.frames import FrameSharding
@@ -27,6 +28,9 @@ class FrameUnet:
         self.unet = unet
         self.sharding = shard_frames(unet)
         self.beside = beside
+        blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+        self.num_blocks = len(blocks)
+        let_pause(blocks)
         self.use(MeshBuilder(0, 1).mesh(ParallelPlan(), (0,)))
 
     def use(self, mesh: Mesh) -> None:

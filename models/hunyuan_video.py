@@ -5,6 +5,7 @@ arXiv:2412.03603), but texts are trimmed to their tokens, so that attention need
 """
 
 import copy
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,6 +39,7 @@ from models.conditioning import FloatArray, HunyuanConditioning, HunyuanText
 from models.denoise import guide
 from models.embeddings import Embeddings, digest, no_embeddings
 from models.lora_layers import LoraLayers
+from models.pausing import let_pause
 from models.request import VideoRequest
 from models.spec import Use, read_json
 from models.stages import OneAtATime
@@ -197,6 +199,11 @@ class HunyuanVideoDenoiser(OneAtATime[HunyuanConditioning]):
         self.step_cache = StepCache(
             FirstBlock(self.transformer.transformer_blocks[0], self.sharding)
         )
+        self.blocks = [
+            *self.transformer.transformer_blocks,
+            *self.transformer.single_transformer_blocks,
+        ]
+        let_pause(self.blocks)
         self.use(MeshBuilder(0, 1).mesh(ParallelPlan(), (0,)))
 
     def use(self, mesh: Mesh) -> None:
@@ -210,19 +217,22 @@ class HunyuanVideoDenoiser(OneAtATime[HunyuanConditioning]):
         config = self.transformer.config
         dim = config.num_attention_heads * config.attention_head_dim
         tokens = self._num_tokens(request) + self.model.manifest.max_text_tokens
-        blocks = [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
-        weights = sum(weight.numel() for block in blocks for weight in block.parameters())
+        weights = sum(weight.numel() for block in self.blocks for weight in block.parameters())
         activations = float(tokens * dim)
         return TokenShape(
             num_texts=num_texts,
             num_tokens=tokens,
             num_heads=config.num_attention_heads,
-            num_layers=len(blocks),
+            num_layers=len(self.blocks),
             linear_flops=num_texts * 2.0 * weights * tokens,
-            attention_flops=num_texts * 4.0 * len(blocks) * tokens * activations,
+            attention_flops=num_texts * 4.0 * len(self.blocks) * tokens * activations,
             activation_bytes=activations * self.dtype.itemsize,
             latent_bytes=4.0 * self._num_channels * frames * height * width,
         )
+
+    def num_blocks(self, request: VideoRequest, num_texts: int) -> int:
+        """Of a pass for each text that is this rank's."""
+        return len(self.blocks) * math.ceil(num_texts / self.mesh.guidance.size)
 
     @torch.inference_mode()
     def start(self, request: VideoRequest, conditioning: HunyuanConditioning) -> DenoiseState:

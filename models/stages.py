@@ -74,6 +74,10 @@ class Denoiser(Protocol[Told]):
         """One step on."""
         ...
 
+    def num_blocks(self, request: VideoRequest, num_texts: int) -> int:
+        """How many blocks this rank runs through in a step; after each of them it may pause."""
+        ...
+
     def batch(self, request: VideoRequest) -> Hashable | None:
         """Requests of the same may make their steps in one, by step_all; None: alone."""
         ...

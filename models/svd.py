@@ -142,6 +142,10 @@ class SvdDenoiser(OneAtATime[SvdConditioning]):
         """What a step of the request costs."""
         return self.unet.shape(self.model, request, num_texts)
 
+    def num_blocks(self, request: VideoRequest, num_texts: int) -> int:
+        """The UNet's; it is run through once, by whomever for which text."""
+        return self.unet.num_blocks
+
     @torch.inference_mode()
     def start(self, request: VideoRequest, conditioning: SvdConditioning) -> DenoiseState:
         """Noise from the request's generator, after the encoder has drawn what it adds."""

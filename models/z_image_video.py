@@ -4,6 +4,7 @@ Follows `diffusers.ZImagePipeline` (text, velocity sign, timestep) with a frame 
 frame's clean latent is held in place at every step, as the model was trained.
 """
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from models.catalog import Model
 from models.conditioning import FloatArray, TextPlaces, ZImageConditioning
 from models.flow_schedules import FlowSchedules
 from models.lora_layers import Half, LoraLayers
+from models.pausing import let_pause
 from models.regions import restrict
 from models.request import Scheduler, VideoRequest
 from models.schedulers import advance, begin_at
@@ -81,6 +83,7 @@ class ZImageVideoDenoiser:
         self.controls = {
             net.id: ZImageControl(net, self.transformer, self.sharding) for net in model.controls
         }
+        let_pause(self.transformer.layers)
         self.use(MeshBuilder(0, 1).mesh(ParallelPlan(), (0,)))
 
     def use(self, mesh: Mesh) -> None:
@@ -117,6 +120,15 @@ class ZImageVideoDenoiser:
         frames, height, width = self.model.spec.latent_size(request)
         return frames // request.f_patch_size * (height // PATCH_SIZE) * (width // PATCH_SIZE)
 
+    def num_blocks(self, request: VideoRequest, num_texts: int) -> int:
+        """Of a pass for all texts, where a rank that is alone makes them as one batch, else for
+        each that is this rank's.
+        """
+        as_batch = self.mesh.degree == 1 and not _has_places(request)
+        passes = 1 if as_batch else math.ceil(num_texts / self.mesh.guidance.size)
+        passes *= 2 if request.scheduler is Scheduler.HEUN else 1
+        return passes * len(self.transformer.layers)
+
     @torch.inference_mode()
     def start(self, request: VideoRequest, conditioning: ZImageConditioning) -> DenoiseState:
         """Noise at full shape from the seed alone, on the CPU: the same on every machine.
@@ -147,10 +159,9 @@ class ZImageVideoDenoiser:
         What is led, has several texts, steps by Heun's method or skips passes, makes its steps
         alone.
         """
-        has_places = bool(request.regions) or _varies_by_frame(request)
         skips = request.step_cache is not None or bool(request.cfg_skip_ratio)
         by_heun = request.scheduler is Scheduler.HEUN
-        if request.control is not None or has_places or skips or by_heun:
+        if request.control is not None or _has_places(request) or skips or by_heun:
             return None
         size = self.model.spec.latent_size(request)
         return *size, request.f_patch_size, request.loras
@@ -340,6 +351,11 @@ class ZImageVideoDecoder:
         if not isinstance(self.vae, ImageVae):
             raise TypeError(f"{type(self.vae).__name__} does not decode in chunks")
         return self.vae.decode_chunk(latents)
+
+
+def _has_places(request: VideoRequest) -> bool:
+    """Its text has parts that are not for the whole video."""
+    return bool(request.regions) or _varies_by_frame(request)
 
 
 def _varies_by_frame(request: VideoRequest) -> bool:

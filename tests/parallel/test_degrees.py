@@ -3,10 +3,12 @@
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image
@@ -15,11 +17,12 @@ from bench.ranks import run_ranks
 from models.catalog import Model, load_model
 from models.control import load_control_net
 from models.denoise import denoise, park, resume
+from models.pausing import PausableStep
 from models.request import ControlKind, VideoRequest
 from models.spec import Use
 from models.stages import load_denoiser, load_encoder
 from models.weights import choose_device
-from parallel.mesh import MeshBuilder, aligned_groups
+from parallel.mesh import Mesh, MeshBuilder, aligned_groups
 from parallel.plan import ParallelPlan
 from training.random_checkpoint import write_random_checkpoint
 from training.random_controls import (
@@ -79,31 +82,63 @@ class Course:
 
 @dataclass(frozen=True)
 class End:
-    """What a course came to: the latents, and the passes that it made do without."""
+    """What a course came to: the latents, the passes that it made do without, and how often this
+    rank paused within a step.
+    """
 
     latents: NDArray[np.float32]
     skipped: int
+    pauses: int = 0
 
 
-def follow(rank: int, courses: list[Course]) -> list[End]:
+def follow(rank: int, courses: list[Course], other: Course | None = None) -> list[End]:
+    """other: of what, wherever a step may pause, the rank meanwhile makes one alone."""
     meshes = MeshBuilder(rank, len(EVERYONE))
-    return [follow_one(rank, meshes, course) for course in courses]
+    act = None if other is None else a_step_of(other, meshes.mesh(ALONE, (rank,)))
+    return [follow_one(rank, meshes, course, act) for course in courses]
 
 
-def follow_one(rank: int, meshes: MeshBuilder, course: Course) -> End:
+def a_step_of(course: Course, mesh: Mesh) -> Callable[[], None]:
+    request, conditioning = course.request(), course.conditioning()
+    denoiser = load_denoiser(course.model())
+    denoiser.use(mesh)
+    state = denoiser.start(request, conditioning)
+    expected = denoiser.step(request, conditioning, state).latents
+
+    def act() -> None:
+        made = denoiser.step(request, conditioning, state)
+        assert torch.equal(made.latents, expected)
+
+    return act
+
+
+def follow_one(
+    rank: int, meshes: MeshBuilder, course: Course, meanwhile: Callable[[], None] | None
+) -> End:
     request, conditioning = course.request(), course.conditioning()
     denoiser = load_denoiser(course.model())
     parked = park(denoiser.start(request, conditioning))
+    pauses = 0
     for plan, ranks in course.schedule:
         if rank in ranks:
             denoiser.use(meshes.mesh(plan, ranks))
             state = resume(parked, choose_device())
-            (made,) = denoiser.step_all([request], [conditioning], [state])
+            step = partial(denoiser.step_all, [request], [conditioning], [state])
+            if meanwhile is None:
+                (made,) = step()
+            else:
+                skips = request.skips_guidance(state.step)
+                num_texts = 1 if skips else conditioning.num_texts
+                in_sections = PausableStep(step, denoiser.num_blocks(request, num_texts), 3)
+                while not in_sections.go_on():
+                    pauses += 1
+                    meanwhile()
+                (made,) = in_sections.result()
             parked = park(made)
         handed_on = [parked]
         dist.broadcast_object_list(handed_on, src=ranks[0])
         (parked,) = handed_on
-    return End(parked.latents, parked.skipped)
+    return End(parked.latents, parked.skipped, pauses)
 
 
 def alone(_rank: int, courses: list[Course]) -> list[End]:
@@ -184,6 +219,36 @@ def test_every_degree_and_block_in_turn_ends_as_on_one_rank(
         if "step_cache" in course.fields:
             most = 2 * (len(course.schedule) - 3)
             assert 0 < end.skipped < most, (course.folder.name, course.fields)
+
+
+def test_steps_that_pause_for_another_model_end_in_the_same_bits(
+    random_family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    guided = {"true_cfg_scale": 2.0, "num_frames": 9}
+    led = led_courses(random_family("animatediff"), tmp_path)
+    z_image = led[0].folder  # of several layers
+    courses = [
+        Course(z_image, OF_TOKENS, {"guidance_scale": 2.0, "scheduler": "heun"}),
+        Course(random_family("hunyuan-video"), OF_TOKENS, guided),
+        Course(random_family("hunyuan-video-replace"), OF_TOKENS, guided),
+        Course(random_family("animatediff"), OF_FRAMES, {"num_frames": 11, "free_noise": WINDOWS}),
+        Course(random_family("svd"), OF_FRAMES, {"num_frames": 5}),
+        *led[2:],
+        *skipping_courses(z_image, random_family),
+    ]
+    other = Course(random_family("svd-xt"), OF_FRAMES, {"num_frames": 3})
+    expected = run_ranks(len(EVERYONE), follow, courses)
+    made = run_ranks(len(EVERYONE), follow, courses, other)
+    for rank in EVERYONE:
+        for course, end, found in zip(courses, expected[rank], made[rank], strict=True):
+            assert np.array_equal(found.latents, end.latents), course
+            assert found.skipped == end.skipped
+            own = sum(rank in ranks for _, ranks in course.schedule)
+            # who skips a step passes no block of it
+            least = 0 if "step_cache" in course.fields else own
+            assert least <= found.pauses <= 2 * own, course
+    for index, course in enumerate(courses):
+        assert any(ends[index].pauses for ends in made), course
 
 
 def test_every_plan_of_an_aligned_block_finds_its_groups() -> None:
