@@ -21,6 +21,10 @@ class Block(NamedTuple):
         """Their numbers."""
         return tuple(range(self.first, self.first + self.size))
 
+    def overlaps(self, other: "Block") -> bool:
+        """They have a rank in common."""
+        return bool(bits_of(self) & bits_of(other))
+
 
 @functools.cache
 def bits_of(block: Block) -> int:
@@ -79,6 +83,11 @@ class RankBoard:
         """Give its ranks away."""
         self._give(bits_of(block))
 
+    def is_free(self, block: Block) -> bool:
+        """All of its ranks are."""
+        bits = bits_of(block)
+        return bits & self.free == bits
+
     def is_free_but_for(self, block: Block, part: Block) -> bool:
         """Its ranks outside of the part exist and are free."""
         others = bits_of(block) & ~bits_of(part)
@@ -96,14 +105,16 @@ class RankBoard:
                 return before
         return best_fit(self.num_ranks, size, free)
 
-    def hold_soonest(self, size: int, before: Block | None) -> tuple[int, float] | None:
+    def hold_soonest(
+        self, size: int, before: Block | None, closed: int = 0
+    ) -> tuple[int, float] | None:
         """Give away the block that is free first; its ranks that are free now, and when all are.
 
-        None if every block has a rank that was given away.
+        None if every block has a rank that was given away, or is closed to whom it is for.
         """
         best: tuple[float, bool, int] | None = None
         for bits, block in blocks_of(self.num_ranks, size):
-            if bits & self.given:
+            if bits & (self.given | closed):
                 continue
             key = (self._free_from(bits), block != before, bits)
             if best is None or key < best:

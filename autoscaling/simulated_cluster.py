@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from autoscaling.step_scheduler import Step, Task
+from autoscaling.tasks import Step, Task
 from autoscaling.urgency import UrgencyConfig
 from autoscaling.workloads import Asked
 from credits.plans import PlanTable

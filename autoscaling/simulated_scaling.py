@@ -1,5 +1,6 @@
 """The live scaling rules, for nodes of the simulated cluster."""
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ class ByDemandScaling:
             priority = self.plans.limits[job.asked.plan].priority
             key = (job.asked.kind.name, priority, _coarse(_age_s(job, fleet)))
             counted[key] += 1
-            steps[key] += job.task.steps_left if left else job.asked.kind.num_steps
+            steps[key] += math.ceil(job.task.steps_left) if left else job.asked.kind.num_steps
         return [
             JobGroup(
                 tier=NODE.tier,

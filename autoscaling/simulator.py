@@ -22,7 +22,8 @@ from autoscaling.simulated_cluster import (
     NodePolicy,
     StepPolicy,
 )
-from autoscaling.step_scheduler import Step, StepSchedulerConfig, Task, next_steps
+from autoscaling.step_scheduler import StepSchedulerConfig, next_steps
+from autoscaling.tasks import Step, Task
 from autoscaling.urgency import judge
 from autoscaling.workloads import WEIGHTS_GB, Asked, VideoKind
 from jobs.order import Waiting, next_in_line, next_turn
@@ -195,6 +196,7 @@ class Simulator:
             steps_left=kind.num_steps,
             step_s=step_s,
             value=urgency.value,
+            model=kind.family,
         )
         error = self.config.cost_error
         slowness = math.exp(self.rng.gauss(0.0, error)) if error else 1.0
@@ -255,9 +257,9 @@ class Simulator:
 
     def _dispatch(self, node: Node) -> None:
         """Begin the steps that the node's policy wants."""
-        if node.is_leaving:
-            return
         tasks = [job.task for job in node.jobs.values()]
+        if node.is_leaving:  # only what has paused goes on, to its next boundary
+            tasks = [task for task in tasks if task.paused]
         under_way = list(node.under_way.values())
         idle = node.idle_gpus()
         began = time.perf_counter() if self.time_decisions else 0.0
@@ -271,11 +273,10 @@ class Simulator:
         job = node.jobs[step.task_id]
         task = job.task
         moved = task.block is not None and task.block != step.block
-        takes_s = task.step_s[step.block.size] * job.slowness
+        takes_s = task.step_s[step.block.size] / step.sections * job.slowness
         takes_s += self.config.switch_s if moved else 0.0
         job.num_moves += moved
-        task.steps_left -= 1
-        task.block = step.block
+        step.advance(task)
         node.under_way[task.id] = step
         self._at(self.now_s + takes_s, self._end, node, job, step, takes_s)
 
@@ -287,16 +288,19 @@ class Simulator:
         self.history.busy_s += gpu_s
         job.gpu_s += gpu_s
         job.ran_s += takes_s
-        node.load_s -= job.asked.kind.measured_s[1]
+        node.load_s -= job.asked.kind.measured_s[1] / step.sections
         self.touched[node] = None
+        if job.task.paused:
+            return
+        steps_left = int(job.task.steps_left)
         if job.ran_s - job.saved_ran_s >= self.config.checkpoint_s:
-            job.saved_left, job.saved_ran_s = job.task.steps_left, job.ran_s
-        if job.task.steps_left == 0:
+            job.saved_left, job.saved_ran_s = steps_left, job.ran_s
+        if steps_left == 0:
             job.finished_s = self.now_s
             del node.jobs[job.task.id], self.open[job.task.id]
             self._take_from_queue()
         elif node.is_leaving:
-            self._move(node, job, job.task.steps_left)
+            self._move(node, job, steps_left)
         self._let_go(node)
 
     def _close(self, node: Node) -> None:
@@ -311,22 +315,22 @@ class Simulator:
         """
         self._close(node)
         for job in list(node.jobs.values()):
-            if job.task.id in node.under_way:
-                job.saved_left = job.task.steps_left + 1
+            if job.task.id in node.under_way or job.task.paused:
+                job.saved_left = math.floor(job.task.steps_left) + 1
             else:
-                self._move(node, job, job.task.steps_left)
+                self._move(node, job, int(job.task.steps_left))
 
     def _die(self, node: Node) -> None:
         """Whoever is still there goes on from what was saved of it."""
         self._close(node)
         node.under_way.clear()
         for job in list(node.jobs.values()):
-            job.lost_steps += job.saved_left - job.task.steps_left
+            job.lost_steps += job.saved_left - math.floor(job.task.steps_left)
             self._move(node, job, job.saved_left)
         self._let_go(node)
 
     def _move(self, node: Node, job: Job, steps_left: int) -> None:
-        job.task.steps_left, job.task.block = steps_left, None
+        job.task.steps_left, job.task.block, job.task.paused = steps_left, None, None
         job.saved_left, job.saved_ran_s = steps_left, job.ran_s
         del node.jobs[job.task.id]
         self._hand_over(job)

@@ -8,100 +8,16 @@ keeps its state and loses nothing but time.
 
 import heapq
 import math
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter, itemgetter
-from typing import NamedTuple
 
 from pydantic import BaseModel, Field
 
-from autoscaling.rank_blocks import Block, RankBoard
+from autoscaling.rank_blocks import Block, RankBoard, bits_of
+from autoscaling.tasks import Step, Task
 
 LATER = 1.5
-
-
-@dataclass(eq=False, slots=True)
-class Task:
-    """A request, as it is at its next step boundary.
-
-    step_s: seconds of one step by degree, for every degree that it may run at; value: what it is
-    worth to finish it by deadline_s; express_from_s: when it begins to overtake whoever is not
-    express; block: where its last step ran; batch: requests of the same may make their steps in
-    one, None: alone. Times are seconds on one clock.
-    """
-
-    id: str
-    arrived_s: float
-    deadline_s: float
-    express_from_s: float
-    steps_left: int
-    step_s: Mapping[int, float]
-    value: float = 1.0
-    block: Block | None = None
-    batch: Hashable | None = None
-    sizes: list[tuple[int, float]] = field(init=False)
-    """step_s, smallest degree first."""
-    quickest_s: float = field(init=False)
-    """The shortest of its steps."""
-    later_s: float = field(init=False, default=-math.inf)
-    """The deadline that it was given last for having missed its own."""
-    _known: "_LeastWork" = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.sizes = sorted(self.step_s.items())
-        self.quickest_s = min(self.step_s.values())
-        self._known = _LeastWork(-1, 0.0, 0.0, 0.0, None)
-
-    @property
-    def least_seconds(self) -> float:
-        """What is left at the fastest degree."""
-        return self.steps_left * self.quickest_s
-
-    def least_work(self, start_s: float, due_s: float) -> float | None:
-        """GPU-seconds at the smallest degree that is done by due_s if it begins at start_s, if one
-        is. It is the same for as long as that degree would do, and is not worked out again.
-        """
-        known = self._known
-        if (
-            known.steps_left != self.steps_left
-            or known.due_s != due_s
-            or not known.from_s <= start_s <= known.until_s
-        ):
-            self._known = known = self._least_work(start_s, due_s)
-        return known.work
-
-    def _least_work(self, start_s: float, due_s: float) -> "_LeastWork":
-        from_s = -math.inf
-        for degree, step_s in self.sizes:
-            seconds = self.steps_left * step_s
-            if seconds <= due_s - start_s:
-                until_s = due_s - seconds
-                return _LeastWork(self.steps_left, due_s, from_s, until_s, seconds * degree)
-            from_s = max(from_s, math.nextafter(due_s - seconds, math.inf))
-        return _LeastWork(self.steps_left, due_s, from_s, math.inf, None)
-
-
-class _LeastWork(NamedTuple):
-    """A task's least work, with so many steps left, if it begins between two moments."""
-
-    steps_left: int
-    due_s: float
-    from_s: float
-    until_s: float
-    work: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A step that is under way, or that is to begin now: whose, where, and when it ends.
-
-    batched: others whose steps are made in one with it.
-    """
-
-    task_id: str
-    block: Block
-    ends_s: float
-    batched: tuple[str, ...] = ()
 
 
 class StepSchedulerConfig(BaseModel, frozen=True, extra="forbid"):
@@ -111,16 +27,19 @@ class StepSchedulerConfig(BaseModel, frozen=True, extra="forbid"):
     hold_s: a block is held free for a request whose slack is not longer than this and a step.
     min_efficiency: idle ranks are given to a request while its steps keep them so busy. max_batch:
     so many requests may make a step in one on a single rank; a video's last bits then depend on
-    whom it meets there.
+    whom it meets there. late_capacity: the share of the time that those who are late are promised,
+    as far as the others leave it. section_s: a longer step pauses between blocks of its model about
+    so often, so that another model's may be made first.
     """
 
     capacity: float = Field(0.95, gt=0, le=1)
-    hurry: float = Field(0.5, gt=0, le=1)
+    hurry: float = Field(0.35, gt=0, le=1)
     max_step_s: float = Field(2.5, gt=0)
     hold_s: float = Field(5.0, ge=0)
     min_efficiency: float = Field(0.6, ge=0)
     max_batch: int = Field(1, ge=1)
-    late_capacity: float = Field(0.7, ge=0, le=1)
+    late_capacity: float = Field(0.95, ge=0, le=1)
+    section_s: float = Field(2.5, gt=0)
 
 
 def next_steps(
@@ -145,7 +64,7 @@ def next_steps(
     promised = _promise(now_s, num_ranks, everyone, config, busy)
     express = [task for task in everyone if task.express_from_s <= now_s and task.id not in busy]
     first = {task.id for task in express}.union(busy)
-    plan = _Placing(board, config)
+    plan = _Placing(board, config, [task for task in everyone if task.paused], busy)
     for task in express:
         plan.place(task, must=True)
     for due_s, _, task in promised:
@@ -287,9 +206,18 @@ def _effort(task: Task, now_s: float) -> float:
 class _Placing:
     """Gives blocks of a board to tasks, one after the other."""
 
-    def __init__(self, board: RankBoard, config: StepSchedulerConfig) -> None:
+    def __init__(
+        self,
+        board: RankBoard,
+        config: StepSchedulerConfig,
+        paused: Sequence[Task],
+        busy: Collection[str],
+    ) -> None:
+        """paused: who is, or will be when the section under way has ended."""
         self.board = board
         self.config = config
+        self.paused = [(bits_of(task.paused.block), task) for task in paused if task.paused]
+        self.waiting = [(bits, task) for bits, task in self.paused if task.id not in busy]
         self.placed: dict[str, tuple[Task, Block]] = {}
         self.batches: dict[str, list[Task]] = {}
 
@@ -300,20 +228,61 @@ class _Placing:
 
     def place(self, task: Task, *, must: bool) -> None:
         """Give the task a free block; if it must run and there is none, hold one for it."""
-        if not self.board.free:
+        if not self.board.free or task.id in self.placed:
+            return
+        if task.paused is not None:
+            self._resume(task, task.paused.block, must=must)
             return
         degrees = self._quick_degrees(task)
         degree = self._degree(task, degrees)
-        block = self.board.fit(degree, task.block)
+        block = self._fit(task, degree)
+        if block is None and self.waiting and self._make_way(task, degree, must):
+            return
         if block is None and must:
             block = self._hold(task, degree)
         elif block is None:
             smaller = (size for size in reversed(degrees) if size < degree)
-            found = (self.board.fit(size, task.block) for size in smaller)
+            found = (self._fit(task, size) for size in smaller)
             block = next((block for block in found if block is not None), None)
         if block is not None:
             self.placed[task.id] = (task, block)
             self.board.take(block)
+
+    def _resume(self, task: Task, block: Block, *, must: bool) -> None:
+        """Its step goes on where it has paused, as soon as all of these ranks are free."""
+        if self.board.is_free(block):
+            self.placed[task.id] = (task, block)
+            self.board.take(block)
+        elif must:
+            self.board.take(block)
+
+    def _make_way(self, task: Task, degree: int, must: bool) -> bool:
+        """Whether the task has to wait for a paused step, which then goes on for its sake."""
+        closed = self._closed(task, degree)
+        in_the_way = [other for bits, other in self.waiting if bits & closed]
+        for other in in_the_way:
+            self.place(other, must=must)
+        return bool(in_the_way)
+
+    def _fit(self, task: Task, degree: int, inside: int | None = None) -> Block | None:
+        among = self.board.free if inside is None else inside
+        return self.board.fit(degree, task.block, among & ~self._closed(task, degree))
+
+    def _closed(self, task: Task, degree: int) -> int:
+        """The ranks with a paused step that the task's can't run beside: of the same model, whose
+        modules remember it, or any, if it may pause itself.
+        """
+        closed = 0
+        for bits, other in self.paused:
+            if other.model == task.model or self._num_sections(task, degree) > 1:
+                closed |= bits
+        return closed
+
+    def _num_sections(self, task: Task, degree: int) -> int:
+        """In how many sections a step is made, that nobody may have to wait for long."""
+        if task.paused is not None:
+            return task.paused.sections
+        return math.ceil(task.step_s[degree] / self.config.section_s)
 
     def grow(self) -> None:
         """Give idle neighbours to those that are done soonest and make good use of them."""
@@ -323,21 +292,27 @@ class _Placing:
 
     def batch(self, tasks: Sequence[Task]) -> None:
         """Let those that got no rank join a like one that has one, the first come first."""
-        waiting = [task for task in tasks if task.id not in self.placed and task.batch is not None]
+        waiting = [
+            task
+            for task in tasks
+            if task.id not in self.placed and task.batch is not None and task.paused is None
+        ]
         for task, block in self.placed.values():
-            alike = [other for other in waiting if other.batch == task.batch]
+            is_whole = task.paused is None
+            alike = [other for other in waiting if is_whole and other.batch == task.batch]
             joined = alike[: self.config.max_batch - 1] if block.size == 1 else []
             self.batches[task.id] = joined
             waiting = [other for other in waiting if other not in joined]
 
     def steps(self) -> list[Step]:
-        """What was placed. A batch takes no longer than its steps one by one."""
+        """What was placed. A batch takes no longer than its steps one by one, and is not paused."""
         steps = []
         for task, block in self.placed.values():
             joined = self.batches.get(task.id, [])
-            takes_s = task.step_s[block.size] + sum(other.step_s[1] for other in joined)
+            sections = 1 if joined else self._num_sections(task, block.size)
+            takes_s = task.step_s[block.size] / sections + sum(other.step_s[1] for other in joined)
             ids = tuple(other.id for other in joined)
-            steps.append(Step(task.id, block, self.board.now_s + takes_s, ids))
+            steps.append(Step(task.id, block, self.board.now_s + takes_s, ids, sections))
         return steps
 
     def _quick_degrees(self, task: Task) -> list[int]:
@@ -361,12 +336,12 @@ class _Placing:
 
     def _hold(self, task: Task, degree: int) -> Block | None:
         """Hold the block that is free first; in a free part of it a step may run until then."""
-        held = self.board.hold_soonest(degree, task.block)
+        held = self.board.hold_soonest(degree, task.block, self._closed(task, degree))
         if held is None:
             return None
         inside, free_s = held
         for size, step_s in reversed(task.sizes):
-            if size < degree and (block := self.board.fit(size, task.block, inside)) is not None:
+            if size < degree and (block := self._fit(task, size, inside)) is not None:
                 return block if self.board.now_s + step_s <= free_s else None
         return None
 
@@ -374,13 +349,15 @@ class _Placing:
         """Whether the task's block could be made twice as large, which it then is."""
         block = self.placed[task.id][1]
         size = 2 * block.size
-        if size not in task.step_s:
+        if size not in task.step_s or task.paused is not None:
             return False
         smallest, step_s = task.sizes[0]
         if step_s * smallest < self.config.min_efficiency * task.step_s[size] * size:
             return False
         around = Block(block.first - block.first % size, size)
         if not self.board.is_free_but_for(around, block):
+            return False
+        if bits_of(around) & self._closed(task, size):
             return False
         self.placed[task.id] = (task, around)
         self.board.take(around)

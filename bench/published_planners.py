@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from autoscaling.simulated_cluster import StepPolicy
-from autoscaling.step_scheduler import Step, Task
+from autoscaling.tasks import Step, Task
 from bench.published_schedulers import Turn, best_degree, efficient_degrees, seconds
 
 Option = tuple[int, float]

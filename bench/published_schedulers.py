@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from autoscaling.rank_blocks import Block, RankBoard
 from autoscaling.simulated_cluster import StepPolicy
-from autoscaling.step_scheduler import Step, Task
+from autoscaling.tasks import Step, Task
 
 EFFICIENT = 0.8
 # In time of W1 at load 0.7, in the trial that this project's simulator follows: 3 x 400 requests.
@@ -166,7 +166,7 @@ class DDiT:
     is preempted, no degree shrinks, and the queue is first come first served.
     """
 
-    promoted_at: dict[str, int] = field(default_factory=dict)
+    promoted_at: dict[str, float] = field(default_factory=dict)
 
     def next_steps(
         self, now_s: float, num_ranks: int, tasks: Collection[Task], under_way: Sequence[Step]

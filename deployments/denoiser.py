@@ -71,7 +71,8 @@ class Denoiser:
     def describe(self) -> dict[str, Any]:
         """What it holds now: the group's generation, its ranks' seats and models, and the jobs that
         are here, those that wait for their model among them, with the ranks of their last steps;
-        and how many steps it has made, one shared by several requests counted once.
+        how many steps it has made, one shared by several requests counted once, and how many of
+        them began while another had paused on their ranks.
         """
         group = self.loop.group
         return {
@@ -79,6 +80,7 @@ class Denoiser:
             "ranks": [{"node": seat.node, "pid": seat.pid} for seat in group.seats],
             "models": sorted(group.models),
             "steps_made": self.loop.num_made,
+            "overtakings": self.loop.num_overtakings,
             "jobs": list(self.jobs),
             "blocks": {
                 held.work.job_id: list(held.block.ranks)

@@ -1,17 +1,19 @@
 """A request inside a denoiser replica, between its steps."""
 
 import asyncio
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from autoscaling.rank_blocks import Block
+from autoscaling.tasks import Paused, Step, Task
 from autoscaling.urgency import Urgency
 from deployments.checkpoints import Unsaved
 from deployments.messages import Denoised, DenoiseWork
 from deployments.rank_group import Part
+from deployments.ways import Way
 from models.tensors import ParkedState
-from parallel.plan import ParallelPlan, StepShape
+from parallel.plan import ParallelPlan
 
 if TYPE_CHECKING:
     import ray
@@ -39,14 +41,6 @@ class HandedOver(Exception):
         return f"job {self.job_id} is handed over to another denoiser"
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """What a step costs, and how each number of ranks shares it best."""
-
-    shape: StepShape
-    plans: dict[int, ParallelPlan]
-
-
 @dataclass(eq=False, slots=True)
 class Held:
     """A request that is here, running or parked. A job may be here twice while its lease moves.
@@ -54,7 +48,7 @@ class Held:
     state is what state_ref refers to. Having read it keeps a copy on this node: a rank's node that
     dies takes no state with it. plan, step_s: its last step's, where that tells how
     long others take. way, of_one_text: of steps with all texts, and with the positive
-    one alone.
+    one alone. paused: where the next step has, of which num_sections were made in sections_s.
     """
 
     id: str
@@ -71,6 +65,9 @@ class Held:
     block: Block | None = None
     plan: ParallelPlan = field(default_factory=ParallelPlan)
     step_s: float | None = None
+    paused: Paused | None = None
+    num_sections: int = 0
+    sections_s: float = 0.0
     kills: int = 0
     ran_s: float = 0.0
     unsaved: Unsaved = field(default_factory=Unsaved)
@@ -100,12 +97,49 @@ class Held:
         """What its next step begins from."""
         return Part(self.work.request, self.conditioning, self.state_ref)
 
+    def describe(self, step_s: Mapping[int, float], under_way: Step | None) -> Task:
+        """As it will be when what is under way of it has ended; step_s: of its next step, by
+        degree.
+        """
+        made = 0.0 if self.paused is None else self.num_sections / self.paused.sections
+        task = Task(
+            id=self.id,
+            arrived_s=self.arrived_s,
+            deadline_s=self.urgency.deadline_s,
+            # Only waiting makes a request older.
+            express_from_s=self.urgency.express_from_s + self.ran_s,
+            steps_left=self.steps_left - made,
+            step_s=step_s,
+            value=self.urgency.value,
+            block=self.block,
+            batch=self.batch,
+            model=self.work.request.model,
+            paused=self.paused,
+        )
+        if under_way is not None:
+            under_way.advance(task)
+        return task
+
     def moment(self, latents: "ray.ObjectRef[Any] | None" = None) -> Denoised:
         """Where it stands."""
         step, num_steps = self.state.step, self.state.num_steps
         made = step - self.first_step
         skipped = self.state.skipped
         return Denoised(step, num_steps, made, skipped, latents, self.plan.degree, self.step_s)
+
+    def stands_on(self, block: Block) -> bool:
+        """A step of it has paused on one of these ranks."""
+        return self.paused is not None and self.paused.block.overlaps(block)
+
+    def pause(self, paused: Paused, took_s: float) -> None:
+        """One more section of the next step was made."""
+        self.paused = paused
+        self.num_sections += 1
+        self.sections_s += took_s
+
+    def resume(self) -> None:
+        """Nothing of the next step is made."""
+        self.paused, self.num_sections, self.sections_s = None, 0, 0.0
 
     def fail(self, error: Exception) -> None:
         """Tell whoever waits for the request, and make no further step of it."""

@@ -21,6 +21,8 @@ from parallel.traffic import Traffic
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
+    from models.pausing import PausableStep
+
 
 @dataclass(frozen=True, slots=True)
 class Seat:
@@ -28,6 +30,15 @@ class Seat:
 
     node: str
     pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Paused:
+    """A step of which some sections were made; is_first: whether this rank has to tell of it."""
+
+    model: str
+    is_first: bool
+    step: "PausableStep[list[DenoiseState]]"
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -41,7 +52,8 @@ def _in_group(name: str) -> Callable[[Method], Method]:
 class Rank:
     """An actor without memory of requests: whatever a step needs comes with the call.
 
-    So any rank can go on with any request, and one that dies takes nothing with it.
+    So any rank can go on with any request, and one that dies takes nothing with it. Only a step
+    that has paused is here, and nowhere else, until it has ended or is abandoned.
     """
 
     def __init__(self, models: list[Model], torch_threads: int | None) -> None:
@@ -53,6 +65,7 @@ class Rank:
         if torch_threads is not None:
             torch.set_num_threads(torch_threads)
         self.denoisers = {model.id: load_denoiser(model) for model in models}
+        self.paused: _Paused | None = None
 
     def load(self, model: Model) -> None:
         """Read a model's weights from local safetensors; OutOfMemory."""
@@ -132,27 +145,60 @@ class Rank:
         self,
         plan: ParallelPlan,
         ranks: tuple[int, ...],
+        num_sections: int,
         requests: list[VideoRequest],
         *held: Conditioning | ParkedState,
     ) -> "tuple[Traffic | ParkedState | None, ...]":
-        """One step of each request, shared by these ranks, which are all called alike.
+        """One step of each request, shared by these ranks, which are all called alike; or the first
+        section of one, which then pauses.
 
         held: the requests' conditionings, then their states. Answers what was sent, then the new
-        states, which only the first of the ranks has. OutOfMemory: what the step had taken is free
-        again.
+        states, which only the first of the ranks has, and nobody if it has paused. OutOfMemory:
+        what the step had taken is free again.
         """
-        from models.denoise import park, resume
+        from models.denoise import resume
+        from models.pausing import PausableStep
         from models.weights import choose_device
 
-        denoiser = self.denoisers[requests[0].model]
+        model = requests[0].model
+        if self.paused is not None and (self.paused.model == model or num_sections > 1):
+            raise RuntimeError(f"a step of {self.paused.model} has paused here")
+        denoiser = self.denoisers[model]
         denoiser.use(self.meshes.mesh(plan, ranks))
         conditionings: Any = held[: len(requests)]
         parked: Any = held[len(requests) :]
+        is_first = self.rank == ranks[0]
 
         def make() -> list[DenoiseState]:
             states = [resume(state, choose_device()) for state in parked]
             return denoiser.step_all(requests, conditionings, states)
 
-        made = within_memory(requests[0].model, make)
-        first = self.rank == ranks[0]
-        return self.meshes.traffic.take(), *[park(state) if first else None for state in made]
+        if num_sections == 1:
+            return self._told(within_memory(model, make), is_first)
+        skips = requests[0].skips_guidance(parked[0].step)
+        num_blocks = denoiser.num_blocks(requests[0], 1 if skips else conditionings[0].num_texts)
+        step = PausableStep(lambda: within_memory(model, make), num_blocks, num_sections)
+        self.paused = _Paused(model, is_first, step)
+        return self.go_on()
+
+    def go_on(self) -> "tuple[Traffic | ParkedState | None, ...]":
+        """The next section of the step that has paused; answers as `step` does."""
+        assert self.paused is not None
+        paused = self.paused
+        if not paused.step.go_on():
+            return self.meshes.traffic.take(), None
+        self.paused = None
+        return self._told(paused.step.result(), paused.is_first)
+
+    def abandon(self) -> None:
+        """The rest of the step that has paused is not wanted."""
+        paused, self.paused = self.paused, None
+        if paused is not None:
+            paused.step.abandon()
+
+    def _told(
+        self, made: list[DenoiseState], is_first: bool
+    ) -> "tuple[Traffic | ParkedState | None, ...]":
+        from models.denoise import park
+
+        return self.meshes.traffic.take(), *[park(state) if is_first else None for state in made]

@@ -65,7 +65,9 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A step: its parts' states, read and as references, and what every rank sent for it."""
+    """A step: its parts' states, read and as references, and what every rank sent for it; or one of
+    its sections, without a state.
+    """
 
     states: list[ParkedState]
     references: "list[ray.ObjectRef[Any]]"
@@ -226,9 +228,15 @@ class RankGroup:
             raise GroupBroken("a rank died") from error
 
     async def step(
-        self, parts: list[Part], plan: ParallelPlan, block: Block, timeout_s: float
+        self,
+        parts: list[Part],
+        plan: ParallelPlan,
+        block: Block,
+        timeout_s: float,
+        num_sections: int = 1,
     ) -> Made:
-        """One step of each part by a block of ranks.
+        """One step of each part by a block of ranks; or the first section of a step, after which
+        it has no state yet.
 
         OutOfMemory if every rank of the block lacked it. GroupBroken for anything else: a rank
         that has raised what it does not know is not trusted with another step.
@@ -238,7 +246,22 @@ class RankGroup:
         calls = []
         for number in block.ranks:
             step = self.ranks[number].step.options(num_returns=1 + len(parts))
-            calls.append(step.remote(plan, block.ranks, requests, *held))
+            calls.append(step.remote(plan, block.ranks, num_sections, requests, *held))
+        return await self._made(calls, block, timeout_s)
+
+    async def go_on(self, block: Block, timeout_s: float) -> Made:
+        """The next section of the step that has paused there; as `step`."""
+        step = [self.ranks[number].go_on.options(num_returns=2) for number in block.ranks]
+        return await self._made([call.remote() for call in step], block, timeout_s)
+
+    def abandon(self, block: Block) -> None:
+        """Forget the step that has paused there, before anything else is asked of these ranks."""
+        for number in block.ranks:
+            self.ranks[number].abandon.remote()
+
+    async def _made(
+        self, calls: "list[list[ray.ObjectRef[Any]]]", block: Block, timeout_s: float
+    ) -> Made:
         total = Traffic()
         for traffic in await self._agree([call[0] for call in calls], block, timeout_s):
             total.calls.update(traffic.calls)
@@ -246,9 +269,10 @@ class RankGroup:
         references = calls[0][1:]
         try:
             async with asyncio.timeout(timeout_s):
-                return Made(list(await asyncio.gather(*references)), references, total)
+                told = await asyncio.gather(*references)
         except (TimeoutError, RayError) as error:  # the node where they were made is lost
             raise GroupBroken(f"what {block} made is lost") from error
+        return Made([state for state in told if state is not None], references, total)
 
     async def _agree(
         self, calls: "list[ray.ObjectRef[Any]]", block: Block, timeout_s: float

@@ -5,8 +5,8 @@ from dataclasses import replace
 from autoscaling.rank_blocks import Block
 from autoscaling.step_times import StepTimes
 from deployments.config import HangConfig
-from deployments.held import Way
 from deployments.rank_group import RankGroup
+from deployments.ways import Way
 from parallel.plan import P4D, ParallelPlan, StepShape, Topology, predict_step
 
 

@@ -16,22 +16,24 @@ from typing import Any, TypeVar
 import ray
 
 from autoscaling.rank_blocks import Block
-from autoscaling.step_scheduler import Step, Task, next_steps
+from autoscaling.step_scheduler import next_steps
+from autoscaling.tasks import Paused, Step
 from autoscaling.urgency import judge
 from deployments.checkpoints import Checkpoints, Unsaved
 from deployments.config import DenoiserConfig
-from deployments.held import HandedOver, Held, RequestQuarantined, Way
+from deployments.held import HandedOver, Held, RequestQuarantined
 from deployments.messages import Denoised, DenoiseWork
-from deployments.rank_group import Begun, GroupBroken, Made, RankGroup
+from deployments.rank_group import GroupBroken, Made, RankGroup
 from deployments.step_clock import StepClock
 from deployments.traffic_counters import TrafficCounters
+from deployments.ways import Way, ways_of
 from jobs.store import LeaseLost
 from models.catalog import Model
 from models.conditioning import Conditioning
 from models.memory import OutOfMemory
 from models.request import VideoRequest
 from models.tensors import ParkedState
-from parallel.plan import ParallelPlan, quickest_plans
+from parallel.plan import ParallelPlan
 
 logger = logging.getLogger("ray.serve")
 
@@ -59,7 +61,7 @@ class StepLoop:
         self.degrees_for = degrees_for
         self.clock = StepClock(group, config.hang)
         self.traffic = TrafficCounters()
-        self.num_taken = self.num_made = 0
+        self.num_taken = self.num_made = self.num_overtakings = 0
         self.finished: deque[ray.ObjectRef[Any]] = deque(maxlen=KEPT_LATENTS)
         self.held: dict[str, Held] = {}
         self.under_way: dict[str, Step] = {}
@@ -112,6 +114,7 @@ class StepLoop:
                     return
         finally:
             del self.held[held.id]
+            self._abandon(held)
 
     async def hand_over(self) -> None:
         """Save every request at its next step boundary, and have its caller take it elsewhere; take
@@ -121,7 +124,7 @@ class StepLoop:
         await asyncio.gather(*(self._hand_over(held) for held in list(self.held.values())))
 
     async def _hand_over(self, held: Held) -> None:
-        while held.id in self.under_way:
+        while held.id in self.under_way or (held.paused is not None and not held.failed):
             self.boundary.clear()
             await self.boundary.wait()
         if held.failed:
@@ -144,7 +147,14 @@ class StepLoop:
         if saved is not None:
             state = saved.state
             logger.warning("job %s goes on from step %d", work.job_id, state.step)
-        way, of_one_text = self._ways(work.request, begun)
+        way, of_one_text = ways_of(
+            work.request,
+            begun,
+            self.group.size,
+            self.clock.topology,
+            self.config.degrees,
+            self.degrees_for(work.request),
+        )
         arrived_s = time.monotonic()
         self.num_taken += 1
         return Held(
@@ -166,25 +176,6 @@ class StepLoop:
             first_step=first_step,
             batch=None if begun.batch is None else (work.request.model, begun.batch),
         )
-
-    def _ways(self, request: VideoRequest, begun: Begun) -> tuple[Way, Way]:
-        """To share a step with all texts, and one with the positive alone, if there will be any."""
-        size, topology = self.group.size, self.clock.topology
-        plans = quickest_plans(begun.shape, size, topology, self.config.degrees)
-        fitting = self.degrees_for(request)
-        if fitting is not None:
-            within = {degree: plans[degree] for degree in plans if degree in fitting}
-            if not within:  # admitted by another configuration; OutOfMemory tells if it is too much
-                logger.warning(
-                    "%s: a request is tried that fits at none of %s", request.model, plans
-                )
-            plans = within or plans
-        way = Way(begun.shape, plans)
-        if not request.cfg_skip_ratio:
-            return way, way
-        of_one = quickest_plans(begun.of_one_text, size, topology)
-        # where none has the degree, all branches make the one text
-        return way, Way(begun.of_one_text, {d: of_one.get(d, plans[d]) for d in plans})
 
     async def load(self, model: Model) -> None:
         """Have the ranks read a model's weights at a step boundary."""
@@ -226,35 +217,39 @@ class StepLoop:
         """Begin the steps that the step scheduler wants on the ranks that are idle."""
         if not self.ready.is_set() or self.failure is not None:
             return
-        if self.num_between or self.is_leaving:
+        if self.num_between:
             return
         by_id = {held.id: held for held in self.held.values() if held.is_open}
-        tasks = (self._describe(held) for held in by_id.values())
+        for held in self.held.values():
+            if held.id not in by_id:
+                self._abandon(held)
+        if self.is_leaving:  # only what has paused goes on, to its next boundary
+            by_id = {name: held for name, held in by_id.items() if held.paused is not None}
+        tasks = (
+            held.describe(
+                self.clock.expect(held.work.request.model, held.next_way),
+                self.under_way.get(held.id),
+            )
+            for held in by_id.values()
+        )
         under_way = list({step.task_id: step for step in self.under_way.values()}.values())
         for step in next_steps(
             time.monotonic(), self.group.size, tasks, under_way, self.config.scheduler
         ):
             together = [by_id[task_id] for task_id in (step.task_id, *step.batched)]
+            others = (held for held in by_id.values() if held not in together)
+            self.num_overtakings += any(held.stands_on(step.block) for held in others)
             self.under_way |= {held.id: step for held in together}
             self._spawn(self._make(together, step, self.group.generation))
 
-    def _describe(self, held: Held) -> Task:
-        return Task(
-            id=held.id,
-            arrived_s=held.arrived_s,
-            deadline_s=held.urgency.deadline_s,
-            # Only waiting makes a request older.
-            express_from_s=held.urgency.express_from_s + held.ran_s,
-            # The scheduler counts with what is left when the step under way has ended.
-            steps_left=held.steps_left - (held.id in self.under_way),
-            step_s=self.clock.expect(held.work.request.model, held.next_way),
-            value=held.urgency.value,
-            block=held.block,
-            batch=held.batch,
-        )
+    def _abandon(self, held: Held) -> None:
+        """What was made of its next step is not wanted: others may run there."""
+        if held.paused is not None and held.id not in self.under_way:
+            self.group.abandon(held.paused.block)
+            held.resume()
 
     async def _make(self, together: list[Held], step: Step, generation: int) -> None:
-        """One step of one request or of several, and what follows from it."""
+        """One step of one request or of several, or a section of one; and what follows from it."""
         first = together[0]
         way = first.next_way
         model, plan = first.work.request.model, way.plans[step.block.size]
@@ -264,7 +259,10 @@ class StepLoop:
             if generation != self.group.generation or not self.ready.is_set():
                 return  # it broke before this began
             limit_s = self.clock.limit_s(model, way, step.block) * len(together)
-            made = await self.group.step(parts, plan, step.block, limit_s)
+            if first.paused is None:
+                made = await self.group.step(parts, plan, step.block, limit_s, step.sections)
+            else:
+                made = await self.group.go_on(step.block, limit_s)
         except GroupBroken as error:
             cause = getattr(error.__cause__, "cause", None)
             if isinstance(cause, OutOfMemory):  # of one rank, for which the others wait
@@ -273,10 +271,17 @@ class StepLoop:
         except OutOfMemory as error:
             _fail_all(together, error)
         else:
-            self._note(together, way, step.block, made, time.monotonic() - began_s)
+            took_s = time.monotonic() - began_s
+            self.traffic.add(made.traffic)
+            if made.states:
+                self._note(together, way, step.block, made, first.sections_s + took_s)
+            else:
+                first.pause(Paused(step.block, step.sections), took_s)
         finally:
             for held in together:
                 del self.under_way[held.id]
+                if held.id not in self.held:
+                    self._abandon(held)
             self.boundary.set()
             self._dispatch()
 
@@ -286,7 +291,6 @@ class StepLoop:
         """Remember the time, if it is one request's who made do with nothing earlier, and the
         states; tell whoever waits.
         """
-        self.traffic.add(made.traffic)
         self.num_made += 1
         request = together[0].work.request
         skipped = made.states[0].skipped - together[0].state.skipped
@@ -295,6 +299,7 @@ class StepLoop:
         if skipped < request.passes_per_step:  # the model was asked
             self.clock.note(request.model, way, block, alone_s)
         for held, state, reference in zip(together, made.states, made.references, strict=True):
+            held.resume()
             held.state, held.state_ref, held.block = state, reference, block
             held.plan, held.step_s = way.plans[block.size], alone_s if is_whole else None
             held.ran_s += took_s
@@ -356,6 +361,9 @@ class StepLoop:
             return
         logger.warning("generation %d: %s", generation, error)
         self.ready.clear()
+        for held in self.held.values():
+            held.resume()
+        self.boundary.set()
         for held in guilty:
             held.kills += 1
             if held.kills >= self.config.max_kills and not held.failed:

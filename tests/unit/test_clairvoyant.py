@@ -6,7 +6,7 @@ import pytest
 
 from autoscaling.simulated_cluster import Job
 from autoscaling.simulator import GuaranteedSet, Simulator
-from autoscaling.step_scheduler import Task
+from autoscaling.tasks import Task
 from autoscaling.workloads import ANIMATEDIFF, Asked
 from bench.clairvoyant import clairvoyant_bound, least_work_s
 from bench.node_runs import POLICIES, WORKLOADS, cluster_for

@@ -36,7 +36,7 @@ def make_rank(model: Model) -> Rank:
 def step(
     rank: Rank, request: VideoRequest, conditioning: ZImageConditioning, state: ParkedState
 ) -> tuple[Traffic, ParkedState]:
-    traffic, after = rank.step(ONE, (0,), [request], conditioning, state)
+    traffic, after = rank.step(ONE, (0,), 1, [request], conditioning, state)
     assert isinstance(traffic, Traffic)
     assert isinstance(after, ParkedState)
     return traffic, after
@@ -63,12 +63,12 @@ def _run_out_of_memory(_rank: int, folder: Path) -> tuple[str, list[int]]:
     small = model.resolve({"prompt": "x", "num_steps": 2, "seed": 1, "guidance_scale": 1.0})
     large = small.model_copy(update={"num_frames": 129, "width": 1024, "height": 1024})
     begun = rank.start(small, conditioning)
-    rank.step(ONE, (0,), [small], conditioning, begun)  # whatever is taken once, is taken now
+    rank.step(ONE, (0,), 1, [small], conditioning, begun)  # whatever is taken once, is taken now
     state = rank.start(large, conditioning)
     taken = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (taken + SPARE_BYTES, resource.RLIM_INFINITY))
     try:
-        rank.step(ONE, (0,), [large], conditioning, state)
+        rank.step(ONE, (0,), 1, [large], conditioning, state)
     except OutOfMemory as error:
         told = str(error)
     else:
@@ -108,7 +108,7 @@ def test_other_faults_are_not_taken_for_a_lack_of_memory(
     rank = make_rank(model)
     state = rank.start(request, narrow)
     with pytest.raises(RuntimeError, match="must match the size"):
-        rank.step(ONE, (0,), [request], narrow, state)
+        rank.step(ONE, (0,), 1, [request], narrow, state)
 
 
 def test_requests_that_share_a_step_differ_only_by_rounding(
@@ -124,7 +124,7 @@ def test_requests_that_share_a_step_differ_only_by_rounding(
     conditionings = [encoder.encode(request, None) for request in requests]
     states = [rank.start(*pair) for pair in zip(requests, conditionings, strict=True)]
     _, states[2] = step(rank, requests[2], conditionings[2], states[2])
-    _, *together = rank.step(ONE, (0,), requests, *conditionings, *states)
+    _, *together = rank.step(ONE, (0,), 1, requests, *conditionings, *states)
     for request, conditioning, state, shared in zip(
         requests, conditionings, states, together, strict=True
     ):

@@ -8,13 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoscaling.rank_blocks import Block
-from autoscaling.step_scheduler import (
-    Step,
-    StepSchedulerConfig,
-    Task,
-    guaranteed,
-    next_steps,
-)
+from autoscaling.step_scheduler import StepSchedulerConfig, guaranteed, next_steps
+from autoscaling.tasks import Paused, Step, Task
 
 CONFIG = StepSchedulerConfig()
 NEVER = 1e12
@@ -55,22 +50,27 @@ def run_to_end(
         for step in [step for step in under_way if step.ends_s <= now_s]:
             under_way.remove(step)
             task = at_work.pop(step.task_id)
-            if task.steps_left > 1:
-                waiting[task.id] = replace(task, steps_left=task.steps_left - 1, block=step.block)
-        after = [replace(task, steps_left=task.steps_left - 1) for task in at_work.values()]
-        everyone = sorted([*waiting.values(), *after], key=lambda task: (task.arrived_s, task.id))
+            if task.steps_left:
+                waiting[task.id] = task
+        everyone = [*waiting.values(), *at_work.values()]
+        everyone.sort(key=lambda task: (task.arrived_s, task.id))
         begun = next_steps(now_s, num_ranks, everyone, under_way, config)
         for step in begun:
-            at_work[step.task_id] = waiting.pop(step.task_id)
+            at_work[step.task_id] = task = replace(waiting.pop(step.task_id))
+            step.advance(task)
         under_way += begun
         history += begun
         assert under_way or not waiting, "ranks and requests, but nothing runs"
     return history
 
 
+def begins_s(step: Step, task: Task) -> float:
+    return step.ends_s - task.step_s[step.block.size] / step.sections
+
+
 tasks_strategy = st.lists(
     st.builds(
-        lambda arrived, left, express, steps, first, efficiency, value: make_task(
+        lambda arrived, left, express, steps, first, efficiency, value, model: make_task(
             "?",
             arrived_s=arrived,
             deadline_s=arrived + left,
@@ -78,6 +78,7 @@ tasks_strategy = st.lists(
             steps_left=steps,
             step_s={k: first / k**efficiency for k in (1, 2, 4)},
             value=value,
+            model=model,
         ),
         st.floats(0, 20),
         st.floats(-60, 60),  # some come here after their deadline
@@ -86,6 +87,7 @@ tasks_strategy = st.lists(
         st.floats(0.1, 9),
         st.floats(0.3, 1),
         st.floats(0.1, 9),
+        st.sampled_from("abc"),
     ),
     min_size=1,
     max_size=8,
@@ -100,8 +102,8 @@ def test_every_step_runs_once_on_aligned_ranks_of_its_own(
     history = run_to_end(num_ranks, tasks)
     for task in tasks:
         steps = [step for step in history if step.task_id == task.id]
-        assert len(steps) == task.steps_left
-        starts = [step.ends_s - task.step_s[step.block.size] for step in steps]
+        assert sum(1 / step.sections for step in steps) == pytest.approx(task.steps_left)
+        starts = [begins_s(step, task) for step in steps]
         assert all(
             start >= before.ends_s - 1e-9 for before, start in zip(steps, starts[1:], strict=False)
         )
@@ -109,13 +111,84 @@ def test_every_step_runs_once_on_aligned_ranks_of_its_own(
     for step in history:
         assert step.block.first % step.block.size == 0
         task = next(task for task in tasks if task.id == step.task_id)
-        begins_s = step.ends_s - task.step_s[step.block.size]
         for rank in step.block.ranks:
             assert rank < num_ranks
-            intervals.setdefault(rank, []).append((begins_s, step.ends_s))
+            intervals.setdefault(rank, []).append((begins_s(step, task), step.ends_s))
     for taken in intervals.values():
         taken.sort()
         assert all(a[1] <= b[0] + 1e-9 for a, b in pairwise(taken))
+
+
+@settings(max_examples=150, deadline=None)
+@given(tasks_strategy, st.sampled_from([1, 2, 4]))
+def test_a_paused_step_goes_on_where_it_was_and_only_other_models_come_between(
+    tasks: list[Task], num_ranks: int
+) -> None:
+    by_id = {task.id: task for task in tasks}
+    history = run_to_end(num_ranks, tasks)
+    for task in tasks:
+        own = [step for step in history if step.task_id == task.id]
+        while own:
+            sections = own[: own[0].sections]
+            del own[: len(sections)]
+            assert {(step.block, step.sections) for step in sections} == {
+                (sections[0].block, len(sections))
+            }
+            took_s = task.step_s[sections[0].block.size] / len(sections)
+            assert took_s <= CONFIG.section_s or len(sections) == 1
+            first, last = sections[0].ends_s, begins_s(sections[-1], task)
+            between = [
+                step
+                for step in history
+                if first < step.ends_s and begins_s(step, by_id[step.task_id]) < last
+                if step.task_id != task.id
+                if set(step.block.ranks) & set(sections[0].block.ranks)
+            ]
+            assert all(step.sections == 1 for step in between)
+            assert all(by_id[step.task_id].model != task.model for step in between)
+
+
+def test_another_model_overtakes_within_a_step() -> None:
+    long = make_task("long", step_s={1: 9.0}, model="long", steps_left=2)
+    short = on_one_gpu("short", arrived_s=1.0, model="short", deadline_s=20.0, steps_left=3)
+    history = run_to_end(1, [long, short])
+    assert [step.task_id for step in history] == ["long"] + ["short"] * 3 + ["long"] * 7
+    assert [step.ends_s for step in history][:2] == [2.25, 3.25]
+    alike = run_to_end(1, [long, replace(short, model="long")])
+    assert [step.task_id for step in alike] == ["long"] * 4 + ["short"] * 3 + ["long"] * 4
+    never = StepSchedulerConfig(section_s=10.0)
+    assert [step.ends_s for step in run_to_end(1, [long, short], never)][:2] == [9.0, 10.0]
+
+
+def test_a_paused_step_goes_on_for_the_sake_of_whom_it_hinders() -> None:
+    """Though it is late, and has the least claim of all."""
+    paused = make_task(
+        "paused", step_s={2: 9.0}, model="m", deadline_s=-90.0, paused=Paused(Block(0, 2), 4)
+    )
+    paused.steps_left = 9.5
+    urgent = make_task("urgent", step_s={2: 1.0}, model="m", deadline_s=11.0)
+    other = make_task("other", step_s={1: 1.0}, model="o", deadline_s=50.0)
+    (step,) = next_steps(0.0, 2, [paused, urgent, other], [], CONFIG)
+    assert (step.task_id, step.ends_s) == ("paused", 2.25)
+    (step,) = next_steps(0.0, 2, [paused, replace(urgent, model="n"), other], [], CONFIG)
+    assert step.task_id == "urgent"
+    busy = [Step("other", Block(0, 1), 0.5)]
+    # the rank that is idle is kept for it
+    assert next_steps(0.0, 2, [paused, urgent, replace(other, id="more")], busy, CONFIG) == []
+
+
+def test_a_paused_step_joins_no_batch_and_a_batch_does_not_pause() -> None:
+    config = StepSchedulerConfig(max_batch=2)
+    pair = [
+        make_task(name, step_s={1: 9.0}, batch="x", model="m", deadline_s=1000.0) for name in "ab"
+    ]
+    (step,) = next_steps(0.0, 1, pair, [], config)
+    assert (step.batched, step.sections, step.ends_s) == (("b",), 1, 18.0)
+    for paused in pair:
+        other = next(task for task in pair if task is not paused)
+        begun = replace(paused, steps_left=9.25, paused=Paused(Block(0, 1), 4))
+        (step,) = next_steps(0.0, 1, [begun, other], [], config)
+        assert (step.task_id, step.batched, step.sections) == (paused.id, (), 4)
 
 
 def test_equals_run_one_after_the_other() -> None:
@@ -163,11 +236,13 @@ def test_nothing_starves() -> None:
 
 
 def test_the_smallest_degree_that_leaves_time() -> None:
+    config = StepSchedulerConfig(hurry=0.5)
+
     def degree(deadline_s: float) -> int:
         busy = Step("other", Block(4, 4), 50.0)  # so that nothing grows past what it needs
         task = make_task("t", deadline_s=deadline_s)
         crowd = [make_task(f"c{n}", deadline_s=1000.0, step_s={1: 1.0}) for n in range(3)]
-        steps = next_steps(0.0, 8, [task, *crowd], [busy], CONFIG)
+        steps = next_steps(0.0, 8, [task, *crowd], [busy], config)
         return next(step for step in steps if step.task_id == "t").block.size
 
     assert degree(30.0) == 1  # 10 s within half of 30
