@@ -1,5 +1,6 @@
 """What a simulated cluster is made of: its configuration, nodes, requests and history."""
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -8,6 +9,7 @@ from autoscaling.tasks import Step, Task
 from autoscaling.urgency import UrgencyConfig
 from autoscaling.workloads import Asked
 from credits.plans import PlanTable
+from credits.pricing import Passes, PriceTable, WorkWeights, charge, quote, share_done
 
 
 class NodePolicy(Protocol):
@@ -57,6 +59,14 @@ class Reclaim:
 
 
 @dataclass(frozen=True, slots=True)
+class Hang:
+    """A step that is under way on a node never ends: the oldest, if there is one."""
+
+    node: int
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class NodeStart:
     """What lies between asking for a node and its first step, in seconds."""
 
@@ -82,7 +92,9 @@ class ClusterConfig:
     a request on other ranks than before; cost_error: how far the true step times are from those
     that are expected, as the standard deviation of their logarithm, drawn for every request;
     checkpoint_s: a request is saved when it has run for so long since it was saved last, and what
-    it made since is lost if its node dies without notice.
+    it made since is lost if its node dies without notice. A step that hangs is found by taking
+    hang_factor times as long as it should, and hang_least_s at least; its node's ranks then form
+    again within form_s. dollars_per_node_hour: of a p4d.24xlarge on demand; prices: of a video.
     """
 
     num_nodes: int = 1
@@ -96,6 +108,12 @@ class ClusterConfig:
     cost_error: float = 0.0
     checkpoint_s: float = 30.0
     reclaims: tuple[Reclaim, ...] = ()
+    hangs: tuple[Hang, ...] = ()
+    hang_factor: float = 3.0
+    hang_least_s: float = 5.0
+    form_s: float = 60.0
+    dollars_per_node_hour: float = 21.96
+    prices: PriceTable = field(default_factory=PriceTable)
     urgency: UrgencyConfig = field(default_factory=UrgencyConfig)
     plans: PlanTable = field(default_factory=PlanTable)
 
@@ -134,13 +152,25 @@ class Job:
             raise ValueError(f"request {self.task.id} has not ended")
         return self.finished_s - self.asked.arrived_s
 
+    def charged(self, prices: PriceTable) -> int:
+        """Credits, for what was done of it; of the stages after denoising, all if that ended."""
+        kind = self.asked.kind
+        ended = self.finished_s is not None
+        planned = Passes(1, kind.num_steps, kind.num_frames, 1)
+        made = kind.num_steps - math.ceil(self.task.steps_left)
+        done = planned if ended else Passes(1, made, 0, 0)
+        price = quote(
+            prices, kind.family, num_frames=kind.num_frames, width=kind.width, height=kind.height
+        )
+        return charge(price.exact, price.credits, share_done(WorkWeights(), planned, done))
+
 
 @dataclass(eq=False, slots=True)
 class Node:
     """GPUs that share steps, and the requests that were handed to them.
 
     load_s: GPU-seconds of all of them, on one GPU each; wasted_gpus: since seen_s. It is paid for
-    from asked_s on.
+    from asked_s on. hung: a step that will not end.
     """
 
     num_gpus: int
@@ -150,6 +180,8 @@ class Node:
     load_s: float = 0.0
     is_leaving: bool = False
     is_ready: bool = True
+    is_forming: bool = False
+    hung: Step | None = None
     seen_s: float = 0.0
     wasted_gpus: int = 0
     asked_s: float = 0.0

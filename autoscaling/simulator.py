@@ -94,6 +94,8 @@ class Simulator:
             if reclaim.notice_s:
                 self._at(reclaim.gone_s - reclaim.notice_s, self._leave, node)
             self._at(reclaim.gone_s, self._die, node)
+        for hang in config.hangs:
+            self._at(hang.at_s, self._hang, self.nodes[hang.node])
         if scaling is not None:
             self._at(0.0, self._scale, scaling)
 
@@ -257,6 +259,8 @@ class Simulator:
 
     def _dispatch(self, node: Node) -> None:
         """Begin the steps that the node's policy wants."""
+        if node.is_forming:
+            return
         tasks = [job.task for job in node.jobs.values()]
         if node.is_leaving:  # only what has paused goes on, to its next boundary
             tasks = [task for task in tasks if task.paused]
@@ -281,8 +285,8 @@ class Simulator:
         self._at(self.now_s + takes_s, self._end, node, job, step, takes_s)
 
     def _end(self, node: Node, job: Job, step: Step, takes_s: float) -> None:
-        if node.under_way.get(job.task.id) is not step:
-            return  # its node died
+        if node.under_way.get(job.task.id) is not step or step is node.hung:
+            return  # its node died, or its ranks
         del node.under_way[job.task.id]
         gpu_s = takes_s * step.block.size
         self.history.busy_s += gpu_s
@@ -302,6 +306,36 @@ class Simulator:
         elif node.is_leaving:
             self._move(node, job, steps_left)
         self._let_go(node)
+
+    def _hang(self, node: Node) -> None:
+        """The oldest step under way will not end; after a while that is seen."""
+        step = next(iter(node.under_way.values()), None)
+        if step is None or node.hung is not None:
+            return
+        node.hung = step
+        step_s = node.jobs[step.task_id].task.step_s[step.block.size]
+        limit_s = max(self.config.hang_least_s, self.config.hang_factor * step_s)
+        self._at(self.now_s + limit_s, self._break, node)
+
+    def _break(self, node: Node) -> None:
+        """All ranks end and form again: what is under way, or has paused, is made again."""
+        node.hung, node.is_forming = None, True
+        for job in node.jobs.values():
+            task = job.task
+            job.lost_steps += task.id in node.under_way
+            if task.id in node.under_way or task.paused:
+                task.steps_left = math.floor(task.steps_left) + 1
+            task.block = task.paused = None
+        node.under_way.clear()
+        if node.is_leaving:
+            for job in list(node.jobs.values()):
+                self._move(node, job, int(job.task.steps_left))
+        self._let_go(node)
+        self._at(self.now_s + self.config.form_s, self._form, node)
+
+    def _form(self, node: Node) -> None:
+        node.is_forming = False
+        self.touched[node] = None
 
     def _close(self, node: Node) -> None:
         """It takes no request from now on."""

@@ -5,6 +5,7 @@ its arrival and so many times the time that its steps take at its best degree: 2
 1.5, on the free one 7.5. The first tenth of each run does not count.
 """
 
+import functools
 import itertools
 import math
 import random
@@ -14,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autoscaling.simulated_cluster import ClusterConfig, History, Job, Reclaim, StepPolicy
+from autoscaling.simulated_cluster import ClusterConfig, Hang, History, Job, Reclaim, StepPolicy
 from autoscaling.simulator import GuaranteedSet, Simulator
+from autoscaling.step_scheduler import StepSchedulerConfig
 from autoscaling.urgency import PlanUrgency, UrgencyConfig
 from autoscaling.workloads import (
     HETU_KINDS,
@@ -40,16 +42,20 @@ GPUS = 8
 POLICIES: dict[str, Callable[[], StepPolicy]] = {**SCHEDULERS, **PLANNERS}
 IN_TRIAL = {**SCHEDULERS_IN_TRIAL, **PLANNERS_IN_TRIAL}
 """Those without a row there are compared with as they are."""
-DOLLARS_PER_NODE_HOUR = {"2026": 21.96, "founding document": 32.77}
-"""Of a p4d.24xlarge on demand."""
+FOUNDING_DOLLARS_PER_NODE_HOUR = 32.77
+"""What the founding document has; `ClusterConfig` has the price of 2026."""
 CARD_GB = 40.0
 WARM_UP = 0.1
+DOLLARS_PER_NODE_HOUR, PRICES = ClusterConfig().dollars_per_node_hour, ClusterConfig().prices
 SPOT_NODES = 6
 TRIAL_REQUESTS, TRIAL_SEEDS, TRIAL_POINTS = 400, range(40), 0.05
 """A published policy is compared with only if its row in the trial is met to TRIAL_POINTS."""
 WEIGHTS = {Plan.FREE: 1.0, Plan.BASIC: 2.0, Plan.PRO: 4.0}
-OURS = {"guaranteed-set": 0.0, "guaranteed-set-credits": 0.8}
-"""By how much a request's work counts for its value."""
+OURS = {
+    "guaranteed-set": (0.0, StepSchedulerConfig()),
+    "guaranteed-set-credits": (0.8, StepSchedulerConfig(late_capacity=0.3)),
+}
+"""By how much a request's work counts for its value, and what the step scheduler is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,10 @@ WORKLOADS = {
 
 
 def cluster_for(
-    work_exponent: float, nodes: int = 1, reclaims: tuple[Reclaim, ...] = ()
+    work_exponent: float,
+    nodes: int = 1,
+    reclaims: tuple[Reclaim, ...] = (),
+    hangs: tuple[Hang, ...] = (),
 ) -> ClusterConfig:
     """Nodes and the deadlines above."""
     scales = {Plan.FREE: 7.5, Plan.BASIC: 2.5, Plan.PRO: 1.5, Plan.ENTERPRISE: 1.5}
@@ -101,7 +110,17 @@ def cluster_for(
         ageing_s=1e9,
         work_exponent=work_exponent,
     )
-    return ClusterConfig(num_nodes=nodes, reclaims=reclaims, urgency=urgency)
+    return ClusterConfig(num_nodes=nodes, reclaims=reclaims, hangs=hangs, urgency=urgency)
+
+
+def exponent_of(policy: str) -> float:
+    """By which a request's work counts for its value."""
+    return OURS[policy][0] if policy in OURS else 0.0
+
+
+def make_policy(policy: str) -> StepPolicy:
+    """Ours as configured, or a published one."""
+    return GuaranteedSet(OURS[policy][1]) if policy in OURS else POLICIES[policy]()
 
 
 def counted(history: History) -> list[Job]:
@@ -164,6 +183,8 @@ def figures(history: History) -> dict[str, Any]:
     ended = [job for job in jobs if job.finished_s is not None]
     latencies = sorted(job.latency_s for job in ended)
     hours = history.node_s / 3600  # to the end of the last video
+    videos = sum(job.finished_s is not None for job in history.jobs)
+    charged = sum(job.charged(PRICES) for job in history.jobs)
     return {
         "attainment": share_in_time(jobs),
         "weighted": share_in_time(jobs, plan_weight),
@@ -174,7 +195,8 @@ def figures(history: History) -> dict[str, Any]:
         "p95_s": latencies[int(len(latencies) * 0.95)],
         "p99_s": latencies[int(len(latencies) * 0.99)],
         "gpu_hours": hours * GPUS,
-        "dollars_per_video": hours * DOLLARS_PER_NODE_HOUR["2026"] / len(history.jobs),
+        "dollars_per_video": hours * DOLLARS_PER_NODE_HOUR / videos,
+        "credits_per_dollar": charged / (hours * DOLLARS_PER_NODE_HOUR),
         "busy_over_work": history.busy_s / sum(job.asked.kind.work_s for job in history.jobs),
         "wasted_share": history.waste_s / (history.node_s * GPUS),
         "fairness": fairness(ended),
@@ -191,11 +213,9 @@ def _by(jobs: Iterable[Job], group: Callable[[Job], str]) -> dict[str, float]:
 
 def run_once(workload: str, policy: str, seed: int, count: int) -> History:
     """The requests of a workload on one node."""
-    make: Callable[[], StepPolicy] = POLICIES.get(policy, GuaranteedSet)
-    cluster = cluster_for(OURS.get(policy, 0.0))
-    cluster = replace(cluster, card_gb=WORKLOADS[workload].card_gb)
+    cluster = replace(cluster_for(exponent_of(policy)), card_gb=WORKLOADS[workload].card_gb)
     asked = WORKLOADS[workload].requests(seed, count)
-    return Simulator(cluster, make, seed=seed).run(asked)
+    return Simulator(cluster, functools.partial(make_policy, policy), seed=seed).run(asked)
 
 
 def simulate(workload: str, policy: str, seed: int, count: int) -> dict[str, Any]:
@@ -208,15 +228,22 @@ def bounds(workload: str, seed: int, count: int) -> dict[str, float]:
     return bound_of(run_once(workload, "srtf-step", seed, count))
 
 
-def reclaimed(policy: str, seed: int, count: int, notice_s: float) -> dict[str, Any]:
+def disturbed(
+    policy: str, seed: int, count: int, notice_s: float, hang_every_s: float = math.inf
+) -> dict[str, Any]:
     """W6: W5 while half of the nodes go, one every ten minutes; the other half has room for all
-    requests. Also the videos that never ended, and the most steps that one had to make again.
+    requests, though steps hang there in turn. Also the videos that never ended, and the most steps
+    that one had to make again.
     """
     reclaims = tuple(Reclaim(node, 600.0 * (node + 1), notice_s) for node in range(SPOT_NODES))
-    cluster = cluster_for(OURS.get(policy, 0.0), 2 * SPOT_NODES, reclaims)
     asked = WORKLOADS["W5"].requests(seed, count, SPOT_NODES)
-    make: Callable[[], StepPolicy] = POLICIES.get(policy, GuaranteedSet)
-    history = Simulator(cluster, make, seed=seed).run(asked)
+    num_hangs = int(asked[-1].arrived_s / hang_every_s)
+    hangs = tuple(
+        Hang(SPOT_NODES + number % SPOT_NODES, (number + 1) * hang_every_s)
+        for number in range(num_hangs)
+    )
+    cluster = cluster_for(exponent_of(policy), 2 * SPOT_NODES, reclaims, hangs)
+    history = Simulator(cluster, functools.partial(make_policy, policy), seed=seed).run(asked)
     return {
         **figures(history),
         "lost_videos": sum(job.finished_s is None for job in history.jobs),

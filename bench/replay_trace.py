@@ -1,13 +1,14 @@
 """`python -m bench.replay_trace FILE`: a recorded trace on simulated nodes, by several policies."""
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
-from autoscaling.simulator import GuaranteedSet, Simulator
+from autoscaling.simulator import Simulator
 from autoscaling.traces import read_trace
-from bench.node_runs import OURS, POLICIES, cluster_for, figures
+from bench.node_runs import OURS, POLICIES, cluster_for, exponent_of, figures, make_policy
 
 
 def main() -> None:
@@ -21,8 +22,8 @@ def main() -> None:
     arguments = parser.parse_args()
     result: dict[str, Any] = {}
     for policy in arguments.policies:
-        cluster = cluster_for(OURS.get(policy, 0.0), arguments.nodes)
-        make = POLICIES.get(policy, GuaranteedSet)
+        cluster = cluster_for(exponent_of(policy), arguments.nodes)
+        make = functools.partial(make_policy, policy)
         with arguments.trace.open() as lines:
             found = figures(Simulator(cluster, make).run(read_trace(lines)))
         result[policy] = found

@@ -10,6 +10,7 @@ that nobody can exceed (`bench.clairvoyant`).
 import argparse
 import functools
 import json
+import math
 import statistics
 import sys
 import time
@@ -21,6 +22,7 @@ from autoscaling.simulator import GuaranteedSet, Simulator
 from bench.machine import describe_machine
 from bench.node_runs import (
     DOLLARS_PER_NODE_HOUR,
+    FOUNDING_DOLLARS_PER_NODE_HOUR,
     GPUS,
     IN_TRIAL,
     OURS,
@@ -32,7 +34,7 @@ from bench.node_runs import (
     bounds,
     cluster_for,
     decision_p99_ms,
-    reclaimed,
+    disturbed,
     reproduced,
     simulate,
 )
@@ -40,6 +42,7 @@ from bench.scaled_days import DAYS, SCALERS, simulate_day
 from bench.scheduling_plots import plot_days, plot_nodes
 
 SCALE_NODES = 125
+HANG_EVERY_S = 7200.0
 SCALE_REQUESTS = 10_000
 PARTS = ("nodes", "spot", "decision", "days", "scale")
 
@@ -134,6 +137,7 @@ def _workload(
     print(
         f"  {'policy':24}{'in time':>15} {'of bound':>8} {'by plan':>8} {'by work':>8} {'p50':>6}"
         f" {'p95':>6} {'p99':>6} {'GPU-s/work':>10} {'wasted':>7} {'fair':>5} {'GPU-h':>6} {'$':>6}"
+        f" {'cr/$':>5}"
     )
     rows = {}
     for policy in policies:
@@ -149,38 +153,57 @@ def _workload(
             f" {row['weighted']:8.3f} {row['by_work']:8.3f} {row['p50_s']:6.0f} {row['p95_s']:6.0f}"
             f" {row['p99_s']:6.0f} {row['busy_over_work']:10.3f} {row['wasted_share']:7.1%}"
             f" {row['fairness']:5.2f} {row['gpu_hours']:6.0f} {row['dollars_per_video']:6.3f}"
+            f" {row['credits_per_dollar']:5.0f}"
         )
         sys.stdout.flush()
     for policy in (policy for policy in policies if policy in OURS):
         print(f"  {policy}, by class: {_shares(rows[policy]['by_class'])}")
         if len(rows[policy]["by_plan"]) > 1:
             print(f"  {policy}, by plan: {_shares(rows[policy]['by_plan'])}")
-    prices = ", ".join(f"{name} ${price}" for name, price in DOLLARS_PER_NODE_HOUR.items())
-    print(f"  $: for a video, at the price of 2026 of a node-hour ({prices})")
+    then = FOUNDING_DOLLARS_PER_NODE_HOUR
+    print(
+        f"  $: for a video, at the price of 2026 of a node-hour, {DOLLARS_PER_NODE_HOUR} (at the"
+        f" founding document's, {then}, {then / DOLLARS_PER_NODE_HOUR:.3f} times as much);"
+        " cr/$: credits that are charged, by the live price table"
+    )
     return rows
 
 
 def _spot(pool: ProcessPoolExecutor, arguments: argparse.Namespace) -> dict[str, Any]:
     """Print what reclaimed nodes cost."""
-    print("\nW6: W5 on twelve nodes, of which six are reclaimed, one every ten minutes")
+    print(
+        "\nW6: W5 on twelve nodes, of which six are reclaimed, one every ten minutes; on the others"
+        f" a step hangs every {HANG_EVERY_S / 3600:g} hours, where it is told"
+    )
     spot: dict[str, Any] = {"lost_videos": 0}
     rows = {}
     for policy in (policy for policy in arguments.policies if policy in (*OURS, "srtf-step")):
-        for notice_s, key in ((120.0, "steps_lost_max"), (0.0, "steps_lost_max_without_notice")):
-            act = functools.partial(reclaimed, policy, count=arguments.requests, notice_s=notice_s)
+        for notice_s, hang_every_s, key in (
+            (120.0, math.inf, "steps_lost_max"),
+            (0.0, math.inf, "steps_lost_max_without_notice"),
+            (120.0, HANG_EVERY_S, "steps_lost_max_with_hangs"),
+        ):
+            act = functools.partial(
+                disturbed,
+                policy,
+                count=arguments.requests,
+                notice_s=notice_s,
+                hang_every_s=hang_every_s,
+            )
             runs = _over(pool, act, arguments.seeds)
             lost = sum(run["lost_videos"] for run in runs)
             steps = max(run["steps_lost_max"] for run in runs)
             row = _mean(runs)
+            and_hangs = "" if math.isinf(hang_every_s) else ", hangs"
             print(
-                f"  {policy:24} {notice_s:5g} s of notice: in time {row['attainment']:.3f},"
-                f" by plan {row['weighted']:.3f}; {lost} videos lost,"
+                f"  {policy:24} {notice_s:5g} s of notice{and_hangs}:"
+                f" in time {row['attainment']:.3f}, by plan {row['weighted']:.3f}; {lost} videos lost,"
                 f" at most {steps} steps of one made again"
             )
             if policy == "guaranteed-set":
                 spot["lost_videos"] += lost
                 spot[key] = steps
-            if notice_s:
+            if key == "steps_lost_max":
                 rows[policy] = row
     return {"W6": rows, "spot": spot}
 
@@ -195,7 +218,7 @@ def _days(pool: ProcessPoolExecutor, arguments: argparse.Namespace) -> dict[str,
         for scaler in arguments.scalers:
             runs = _over(pool, functools.partial(simulate_day, day, scaler), arguments.seeds)
             row = rows[day][scaler] = _mean(runs)
-            dollars = row["node_hours"] * DOLLARS_PER_NODE_HOUR["2026"] / row["videos"]
+            dollars = row["node_hours"] * DOLLARS_PER_NODE_HOUR / row["videos"]
             row["dollars_per_video"] = dollars
             print(
                 f"  {scaler:16} {row['attainment']:8.4f} {row['node_hours']:7.1f}"

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import pytest
 
-from autoscaling.simulated_cluster import ClusterConfig, History, Reclaim, StepPolicy
+from autoscaling.simulated_cluster import ClusterConfig, Hang, History, Reclaim, StepPolicy
 from autoscaling.simulator import GuaranteedSet, Simulator, step_seconds
 from autoscaling.step_scheduler import StepSchedulerConfig, next_steps
 from autoscaling.tasks import Step, Task
@@ -41,6 +41,7 @@ from bench.node_runs import (
     share_in_time,
 )
 from credits.plans import Plan
+from credits.pricing import quote
 
 
 class Recorded:
@@ -188,6 +189,54 @@ def test_a_node_that_dies_loses_what_was_made_since_the_checkpoint() -> None:
     assert any(job.finished_s is None for job in left.jobs)  # nothing is left to run them
 
 
+@pytest.mark.parametrize("at_s", [50.0, 1e6])
+def test_a_hang_costs_the_steps_under_way_and_the_time_to_form_again(at_s: float) -> None:
+    """If there is a step at all."""
+    config = ClusterConfig(gpus_per_node=1, switch_s=0.0)
+    long = [Asked(0.0, KINDS[3], Plan.BASIC, 0)]
+    (undisturbed,) = Simulator(config, GuaranteedSet).run(long).jobs
+    hung = replace(config, hangs=(Hang(0, at_s),))
+    (job,) = Simulator(hung, GuaranteedSet).run(long).jobs
+    assert undisturbed.finished_s is not None
+    assert job.finished_s is not None
+    if at_s > undisturbed.finished_s:
+        assert (job.finished_s, job.lost_steps) == (undisturbed.finished_s, 0)
+        return
+    step_s = KINDS[3].measured_s[1]
+    assert job.lost_steps == 1
+    # its last boundary, from which it goes on, is less than a step before
+    late_s = config.hang_factor * step_s + config.form_s
+    assert late_s <= job.finished_s - undisturbed.finished_s <= late_s + step_s + 1e-6
+
+
+def test_a_hang_while_its_node_is_told_to_go_loses_nothing_else() -> None:
+    asked = some(6, 60, load=2.0)
+    config = ClusterConfig(num_nodes=2, reclaims=(Reclaim(0, 150.0),), hangs=(Hang(0, 29.0),))
+    history = Simulator(config, GuaranteedSet).run(asked)
+    assert all(job.finished_s is not None for job in history.jobs)
+    assert 1 <= max(job.lost_steps for job in history.jobs) <= 2
+
+
+def test_what_is_charged_is_the_live_price_of_what_was_done() -> None:
+    config = ClusterConfig(reclaims=(Reclaim(0, 100.0, 0.0),))
+    jobs = Simulator(config, GuaranteedSet).run(some(6, 60, load=3.0)).jobs
+    for job in jobs:
+        kind = job.asked.kind
+        price = quote(
+            config.prices,
+            kind.family,
+            num_frames=kind.num_frames,
+            width=kind.width,
+            height=kind.height,
+        ).credits
+        if job.finished_s is None:
+            assert 0 <= job.charged(config.prices) < price
+        else:
+            assert job.charged(config.prices) == price
+    assert {job.finished_s is None for job in jobs} == {True, False}
+    assert any(job.charged(config.prices) > 0 for job in jobs if job.finished_s is None)
+
+
 def test_steps_that_take_longer_than_expected_are_still_made_once() -> None:
     config = ClusterConfig(cost_error=0.5, switch_s=0.0)
     recorded = Recorded(GuaranteedSet())
@@ -263,5 +312,5 @@ def test_the_gate(workload: str, least: float, more_than_srtf: float) -> None:
     assert ours >= least
     assert ours >= srtf + more_than_srtf
     # whoever is in a hurry waits for steps as long as they may be
-    unbounded = functools.partial(GuaranteedSet, StepSchedulerConfig(max_step_s=1e9))
-    assert weighted(unbounded) < least
+    config = StepSchedulerConfig(max_step_s=1e9, section_s=1e9)
+    assert weighted(functools.partial(GuaranteedSet, config)) < least
