@@ -197,8 +197,8 @@ def _spot(pool: ProcessPoolExecutor, arguments: argparse.Namespace) -> dict[str,
             and_hangs = "" if math.isinf(hang_every_s) else ", hangs"
             print(
                 f"  {policy:24} {notice_s:5g} s of notice{and_hangs}:"
-                f" in time {row['attainment']:.3f}, by plan {row['weighted']:.3f}; {lost} videos lost,"
-                f" at most {steps} steps of one made again"
+                f" in time {row['attainment']:.3f}, by plan {row['weighted']:.3f};"
+                f" {lost} videos lost, at most {steps} steps of one made again"
             )
             if policy == "guaranteed-set":
                 spot["lost_videos"] += lost
