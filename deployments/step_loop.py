@@ -121,6 +121,7 @@ class StepLoop:
         in none from now on.
         """
         self.is_leaving = True
+        self._dispatch()
         await asyncio.gather(*(self._hand_over(held) for held in list(self.held.values())))
 
     async def _hand_over(self, held: Held) -> None:
