@@ -15,11 +15,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 OURS, OTHERS = "#1f6f5c", "#b9b4a7"
+WORKLOADS = ("W1", "W2", "W5", "W5-bursts", "W7", "W1-40GB")
 
 
 def plot_nodes(result: dict[str, Any], folder: str) -> None:
     """In time, by policy, one panel a workload: `scheduling.png`."""
-    workloads = [name for name in ("W1", "W2", "W5", "W5-bursts") if name in result]
+    workloads = [name for name in WORKLOADS if name in result]
     if not workloads:
         return
     figure, panels = plt.subplots(
@@ -73,7 +74,9 @@ def main() -> None:
     arguments = parser.parse_args()
     result: dict[str, Any] = {}
     for path in arguments.printed:
-        result |= json.loads(path.read_text().strip().splitlines()[-1])
+        printed = json.loads(path.read_text().strip().splitlines()[-1])
+        days = result.get("days", {}) | printed.get("days", {})
+        result |= printed | ({"days": days} if days else {})
     plot_nodes(result, arguments.folder)
     plot_days(result, arguments.folder)
 
