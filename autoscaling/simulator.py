@@ -322,11 +322,15 @@ class Simulator:
         node.hung, node.is_forming = None, True
         for job in node.jobs.values():
             task = job.task
-            job.lost_steps += task.id in node.under_way
             if task.id in node.under_way or task.paused:
+                job.lost_steps += 1
                 task.steps_left = math.floor(task.steps_left) + 1
             task.block = task.paused = None
         node.under_way.clear()
+        node.load_s = sum(
+            job.task.steps_left * job.asked.kind.measured_s[1] for job in node.jobs.values()
+        )
+        self.touched[node] = None
         if node.is_leaving:
             for job in list(node.jobs.values()):
                 self._move(node, job, int(job.task.steps_left))

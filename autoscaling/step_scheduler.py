@@ -236,8 +236,8 @@ class _Placing:
         degrees = self._quick_degrees(task)
         degree = self._degree(task, degrees)
         block = self._fit(task, degree)
-        if block is None and self.waiting and self._make_way(task, degree, must):
-            return
+        if block is None and self.waiting:
+            self._make_way(task, degree, must)
         if block is None and must:
             block = self._hold(task, degree)
         elif block is None:
@@ -256,13 +256,12 @@ class _Placing:
         elif must:
             self.board.take(block)
 
-    def _make_way(self, task: Task, degree: int, must: bool) -> bool:
-        """Whether the task has to wait for a paused step, which then goes on for its sake."""
+    def _make_way(self, task: Task, degree: int, must: bool) -> None:
+        """The paused steps that keep ranks from the task go on for its sake."""
         closed = self._closed(task, degree)
-        in_the_way = [other for bits, other in self.waiting if bits & closed]
-        for other in in_the_way:
-            self.place(other, must=must)
-        return bool(in_the_way)
+        for bits, other in self.waiting:
+            if bits & closed:
+                self.place(other, must=must)
 
     def _fit(self, task: Task, degree: int, inside: int | None = None) -> Block | None:
         among = self.board.free if inside is None else inside
