@@ -1,6 +1,7 @@
 """A request inside a denoiser replica, between its steps."""
 
 import asyncio
+import logging
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from autoscaling.rank_blocks import Block
 from autoscaling.tasks import Paused, Step, Task
 from autoscaling.urgency import Urgency
-from deployments.checkpoints import Unsaved
+from deployments.checkpoints import Checkpoints, Unsaved
+from deployments.config import DenoiserConfig
 from deployments.messages import Denoised, DenoiseWork
 from deployments.rank_group import Part
 from deployments.ways import Way
@@ -17,6 +19,9 @@ from parallel.plan import ParallelPlan
 
 if TYPE_CHECKING:
     import ray
+
+
+logger = logging.getLogger("ray.serve")
 
 
 class RequestQuarantined(Exception):
@@ -48,7 +53,8 @@ class Held:
     state is what state_ref refers to. Having read it keeps a copy on this node: a rank's node that
     dies takes no state with it. plan, step_s: its last step's, where that tells how
     long others take. way, of_one_text: of steps with all texts, and with the positive
-    one alone. paused: where the next step has, of which num_sections were made in sections_s.
+    one alone. paused: where the next step has, of which num_sections were made in sections_s
+    by the group's generation paused_in.
     """
 
     id: str
@@ -66,6 +72,7 @@ class Held:
     plan: ParallelPlan = field(default_factory=ParallelPlan)
     step_s: float | None = None
     paused: Paused | None = None
+    paused_in: int = 0
     num_sections: int = 0
     sections_s: float = 0.0
     kills: int = 0
@@ -131,15 +138,33 @@ class Held:
         """A step of it has paused on one of these ranks."""
         return self.paused is not None and self.paused.block.overlaps(block)
 
-    def pause(self, paused: Paused, took_s: float) -> None:
+    def pause(self, paused: Paused, generation: int, took_s: float) -> None:
         """One more section of the next step was made."""
-        self.paused = paused
+        self.paused, self.paused_in = paused, generation
         self.num_sections += 1
         self.sections_s += took_s
 
-    def resume(self) -> None:
-        """Nothing of the next step is made."""
+    def make_again(self) -> None:
+        """Nothing of the next step is there any more, or all of it is made."""
         self.paused, self.num_sections, self.sections_s = None, 0, 0.0
+
+    def save_is_due(self, config: DenoiserConfig, step_s: float) -> bool:
+        """At the end, too, of whatever was long enough to be saved once."""
+        if self.saving is not None and not self.saving.done():
+            return False
+        return self.unsaved.is_due(config, step_s) if self.steps_left else self.saved
+
+    async def save(self, checkpoints: Checkpoints, state: ParkedState, plan: ParallelPlan) -> None:
+        """Write a state while the next steps are made. Without it a kill costs more, but no job."""
+        unsaved, self.unsaved = self.unsaved, Unsaved()
+        work = self.work
+        try:
+            await asyncio.to_thread(checkpoints.save, work.job_id, work.request, state, plan)
+        except OSError:
+            logger.exception("job %s: step %d is not saved", work.job_id, state.step)
+            self.unsaved.add(unsaved.seconds, unsaved.steps)
+        else:
+            self.saved = True
 
     def fail(self, error: Exception) -> None:
         """Tell whoever waits for the request, and make no further step of it."""

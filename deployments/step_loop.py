@@ -19,7 +19,7 @@ from autoscaling.rank_blocks import Block
 from autoscaling.step_scheduler import next_steps
 from autoscaling.tasks import Paused, Step
 from autoscaling.urgency import judge
-from deployments.checkpoints import Checkpoints, Unsaved
+from deployments.checkpoints import Checkpoints
 from deployments.config import DenoiserConfig
 from deployments.held import HandedOver, Held, RequestQuarantined
 from deployments.messages import Denoised, DenoiseWork
@@ -32,8 +32,6 @@ from models.catalog import Model
 from models.conditioning import Conditioning
 from models.memory import OutOfMemory
 from models.request import VideoRequest
-from models.tensors import ParkedState
-from parallel.plan import ParallelPlan
 
 logger = logging.getLogger("ray.serve")
 
@@ -115,6 +113,7 @@ class StepLoop:
         finally:
             del self.held[held.id]
             self._abandon(held)
+            self._dispatch()
 
     async def hand_over(self) -> None:
         """Save every request at its next step boundary, and have its caller take it elsewhere; take
@@ -125,7 +124,7 @@ class StepLoop:
         await asyncio.gather(*(self._hand_over(held) for held in list(self.held.values())))
 
     async def _hand_over(self, held: Held) -> None:
-        while held.id in self.under_way or (held.paused is not None and not held.failed):
+        while held.id in self.under_way or self._goes_on(held):
             self.boundary.clear()
             await self.boundary.wait()
         if held.failed:
@@ -133,9 +132,14 @@ class StepLoop:
         if held.saving is not None:
             await held.saving
         if held.unsaved.steps:
-            await self._save(held, held.state, held.plan)
+            await held.save(self.checkpoints, held.state, held.plan)
         if held.steps_left:  # else its end is being told
             held.fail(HandedOver(held.work.job_id))
+
+    def _goes_on(self, held: Held) -> bool:
+        """Its paused step will be made to its end, and soon."""
+        is_stuck = held.failed or self.failure is not None or self.num_between > 0
+        return held.paused is not None and not is_stuck
 
     async def _take_in(self, work: DenoiseWork, conditioning: Conditioning) -> Held:
         """Read the checkpoint, if there is one, and judge how urgent the request is."""
@@ -194,6 +198,7 @@ class StepLoop:
         something else of its ranks would seem to hang.
         """
         self.num_between += 1
+        self.boundary.set()
         try:
             async with self.acting:
                 await self.ready.wait()
@@ -245,39 +250,36 @@ class StepLoop:
 
     def _abandon(self, held: Held) -> None:
         """What was made of its next step is not wanted: others may run there."""
-        if held.paused is not None and held.id not in self.under_way:
+        if held.paused is None or held.id in self.under_way:
+            return
+        if self.ready.is_set() and held.paused_in == self.group.generation:
             self.group.abandon(held.paused.block)
-            held.resume()
+        held.make_again()
+        self.boundary.set()
 
     async def _make(self, together: list[Held], step: Step, generation: int) -> None:
         """One step of one request or of several, or a section of one; and what follows from it."""
         first = together[0]
         way = first.next_way
-        model, plan = first.work.request.model, way.plans[step.block.size]
         began_s = time.monotonic()
-        parts = [held.part for held in together]
         try:
             if generation != self.group.generation or not self.ready.is_set():
                 return  # it broke before this began
-            limit_s = self.clock.limit_s(model, way, step.block) * len(together)
-            if first.paused is None:
-                made = await self.group.step(parts, plan, step.block, limit_s, step.sections)
-            else:
-                made = await self.group.go_on(step.block, limit_s)
+            made = await self._made(together, step, way)
         except GroupBroken as error:
             cause = getattr(error.__cause__, "cause", None)
             if isinstance(cause, OutOfMemory):  # of one rank, for which the others wait
-                _fail_all(together, cause)
+                self._lack(together, step.block, cause)
             self._break(generation, error, together)
         except OutOfMemory as error:
-            _fail_all(together, error)
+            self._lack(together, step.block, error)
         else:
             took_s = time.monotonic() - began_s
             self.traffic.add(made.traffic)
             if made.states:
                 self._note(together, way, step.block, made, first.sections_s + took_s)
-            else:
-                first.pause(Paused(step.block, step.sections), took_s)
+            elif generation == self.group.generation and self.ready.is_set():
+                first.pause(Paused(step.block, step.sections), generation, took_s)
         finally:
             for held in together:
                 del self.under_way[held.id]
@@ -285,6 +287,24 @@ class StepLoop:
                     self._abandon(held)
             self.boundary.set()
             self._dispatch()
+
+    async def _made(self, together: list[Held], step: Step, way: Way) -> Made:
+        first = together[0]
+        limit_s = self.clock.limit_s(first.work.request.model, way, step.block) * len(together)
+        if first.paused is not None:
+            return await self.group.go_on(step.block, limit_s)
+        parts, plan = [held.part for held in together], way.plans[step.block.size]
+        return await self.group.step(parts, plan, step.block, limit_s, step.sections)
+
+    def _lack(self, together: list[Held], block: Block, error: OutOfMemory) -> None:
+        """They fail, unless what lies there of a paused step may be what took the memory."""
+        others = [held for held in self.held.values() if held not in together]
+        standing = [held for held in others if held.stands_on(block)]
+        for held in standing:
+            self._abandon(held)
+        if not standing:
+            for held in together:
+                held.fail(error)
 
     def _note(
         self, together: list[Held], way: Way, block: Block, made: Made, took_s: float
@@ -300,13 +320,13 @@ class StepLoop:
         if skipped < request.passes_per_step:  # the model was asked
             self.clock.note(request.model, way, block, alone_s)
         for held, state, reference in zip(together, made.states, made.references, strict=True):
-            held.resume()
+            held.make_again()
             held.state, held.state_ref, held.block = state, reference, block
             held.plan, held.step_s = way.plans[block.size], alone_s if is_whole else None
             held.ran_s += took_s
             held.unsaved.add(took_s)
-            if self._save_is_due(held, took_s):
-                held.saving = self._spawn(self._save(held, state, held.plan))
+            if held.save_is_due(self.config, took_s):
+                held.saving = self._spawn(held.save(self.checkpoints, state, held.plan))
             if held.steps_left:
                 held.moments.put_nowait(held.moment())
             else:
@@ -319,25 +339,6 @@ class StepLoop:
         latents = ray.put(held.state.latents)
         self.finished.append(latents)
         held.moments.put_nowait(held.moment(latents))
-
-    def _save_is_due(self, held: Held, step_s: float) -> bool:
-        """At the end, too, of whatever was long enough to be saved once."""
-        if held.saving is not None and not held.saving.done():
-            return False
-        return held.unsaved.is_due(self.config, step_s) if held.steps_left else held.saved
-
-    async def _save(self, held: Held, state: ParkedState, plan: ParallelPlan) -> None:
-        """Write a state while the next steps are made. Without it a kill costs more, but no job."""
-        unsaved, held.unsaved = held.unsaved, Unsaved()
-        try:
-            await asyncio.to_thread(
-                self.checkpoints.save, held.work.job_id, held.work.request, state, plan
-            )
-        except OSError:
-            logger.exception("job %s: step %d is not saved", held.work.job_id, state.step)
-            held.unsaved.add(unsaved.seconds, unsaved.steps)
-        else:
-            held.saved = True
 
     def _begin_generation(self) -> None:
         self.clock.begin_generation()
@@ -363,7 +364,7 @@ class StepLoop:
         logger.warning("generation %d: %s", generation, error)
         self.ready.clear()
         for held in self.held.values():
-            held.resume()
+            held.make_again()
         self.boundary.set()
         for held in guilty:
             held.kills += 1
@@ -393,8 +394,3 @@ class StepLoop:
         if not task.cancelled() and (error := task.exception()):
             logger.error("the step loop has failed", exc_info=error)
             self.failure = self.failure or error
-
-
-def _fail_all(together: list[Held], error: Exception) -> None:
-    for held in together:
-        held.fail(error)

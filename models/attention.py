@@ -30,6 +30,26 @@ def use_attention(network: Any, compute: Compute, device: torch.device, dtype: t
     logger.info("%s: attention by %s, %s, on %s", type(network).__name__, chosen, why, device)
 
 
+def attention_kernels() -> tuple[bool, bool, bool, bool]:
+    """Which of torch's own the process may use now: flash, memory efficient, plain, cuDNN's."""
+    cuda = torch.backends.cuda
+    return (
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )
+
+
+def use_attention_kernels(allowed: tuple[bool, bool, bool, bool]) -> None:
+    """May use these from now on."""
+    flash, efficient, plain, cudnn = allowed
+    torch.backends.cuda.enable_flash_sdp(flash)
+    torch.backends.cuda.enable_mem_efficient_sdp(efficient)
+    torch.backends.cuda.enable_math_sdp(plain)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
 def _choose(
     asked: Attention | None, device: torch.device, dtype: torch.dtype, *, is_unet: bool
 ) -> Attention:

@@ -28,7 +28,12 @@ class FrameUnet:
         self.unet = unet
         self.sharding = shard_frames(unet)
         self.beside = beside
-        blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+        blocks = [
+            layer
+            for part in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+            for kind in ("resnets", "attentions", "motion_modules")
+            for layer in getattr(part, kind, None) or []
+        ]
         self.num_blocks = len(blocks)
         let_pause(blocks)
         self.use(MeshBuilder(0, 1).mesh(ParallelPlan(), (0,)))

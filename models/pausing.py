@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
+from models.attention import attention_kernels, use_attention_kernels
+
 T = TypeVar("T")
 
 _here = threading.local()
@@ -46,6 +48,8 @@ class PausableStep(Generic[T]):
         self.thread = threading.Thread(target=self._run, name="step", daemon=True)
         self.made: list[T] = []
         self.error: BaseException | None = None
+        self.has_ended = False
+        self.kernels = attention_kernels()
 
     def go_on(self) -> bool:
         """Run to the next pause, or to the end; whether that was the end."""
@@ -54,21 +58,27 @@ class PausableStep(Generic[T]):
         else:
             self.may_go_on.release()
         self.stands.acquire()
-        return self._has_ended()
+        return self.has_ended
 
     def result(self) -> T:
-        """What the act returned, or raised."""
+        """What the act returned, or raised; once."""
         self.thread.join()
-        if self.error is not None:
-            raise self.error
-        return self.made.pop()
+        error, self.error = self.error, None
+        if error is None:
+            return self.made.pop()
+        try:
+            raise error
+        finally:
+            del error  # whose traceback has this frame, and so would keep all that the act had
 
     def abandon(self) -> None:
         """End it where it stands; all that it had taken is free again."""
-        if not self._has_ended():
+        if not self.has_ended:
             self.is_abandoned = True
             self.go_on()
         self.thread.join()
+        self.error = None
+        self.made.clear()
 
     def pass_block(self) -> None:
         """Called in its own thread, behind a block: pause, if a section ends here."""
@@ -78,13 +88,13 @@ class PausableStep(Generic[T]):
         if ends and self.num_passed < self.num_blocks:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # else its kernels would still be queued before another's
+            within = attention_kernels()
+            use_attention_kernels(self.kernels)  # they are the process's, not the thread's
             self.stands.release()
             self.may_go_on.acquire()
+            use_attention_kernels(within)
             if self.is_abandoned:
                 raise StepAbandoned
-
-    def _has_ended(self) -> bool:
-        return bool(self.made) or self.error is not None
 
     def _run(self) -> None:
         _here.step = self
@@ -94,4 +104,5 @@ class PausableStep(Generic[T]):
             self.error = error
         finally:
             del self.act, _here.step
+            self.has_ended = True
             self.stands.release()

@@ -2,14 +2,17 @@
 
 import gc
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deployments.rank import Rank
+from models.attention import attention_kernels
 from models.catalog import Model, load_model
 from models.conditioning import FloatArray
 from models.memory import OutOfMemory, within_memory
@@ -78,7 +81,17 @@ def test_what_a_step_raises_is_raised_where_it_is_asked_for() -> None:
         step.result()
 
 
-def test_an_abandoned_step_gives_back_what_it_had() -> None:
+@pytest.fixture
+def _without_cycles() -> Iterator[None]:
+    """Nothing is freed that refers to itself: on a GPU, memory would not come back in time."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.usefixtures("_without_cycles")
+def test_a_step_that_is_left_or_fails_gives_back_what_it_had(fails: bool) -> None:
     run = blocks(2)
     seen: list[weakref.ref[torch.Tensor]] = []
     ended = []
@@ -88,21 +101,48 @@ def test_an_abandoned_step_gives_back_what_it_had() -> None:
         seen.append(weakref.ref(large))
         try:
             run(large)
+            raise MemoryError("no room")
         finally:
             ended.append(True)
 
     step = PausableStep(act, 2, 2)
+    del act
     step.go_on()
     assert not ended
-    step.abandon()
+    if fails:
+        step.go_on()
+        with pytest.raises(MemoryError) as raised:
+            step.result()
+        del raised
+    else:
+        step.abandon()
     assert ended
     assert not step.thread.is_alive()
-    del step
-    gc.collect()
     assert seen[0]() is None
+
+
+def test_to_leave_a_step_that_has_ended_is_nothing() -> None:
     done = PausableStep(lambda: 1, 2, 2)
     assert done.go_on()
     done.abandon()
+
+
+def test_attention_is_restricted_for_the_step_alone_that_has_paused() -> None:
+    run, expected = blocks(2), attention_kernels()
+    within = []
+
+    def act() -> None:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+            within.append(attention_kernels())
+            run(torch.ones(1))
+            within.append(attention_kernels())
+
+    step = PausableStep(act, 2, 2)
+    step.go_on()
+    assert attention_kernels() == expected
+    step.go_on()
+    assert within[0] == within[1] != expected
+    assert attention_kernels() == expected
 
 
 class Pair:

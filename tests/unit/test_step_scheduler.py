@@ -177,6 +177,22 @@ def test_a_paused_step_goes_on_for_the_sake_of_whom_it_hinders() -> None:
     assert next_steps(0.0, 2, [paused, urgent, replace(other, id="more")], busy, CONFIG) == []
 
 
+def test_who_waits_for_a_paused_step_runs_elsewhere_if_there_is_room() -> None:
+    paused = make_task(
+        "paused", step_s={4: 9.0}, model="m", deadline_s=5000.0, paused=Paused(Block(0, 4), 4)
+    )
+    paused.steps_left = 9.5
+    urgent = make_task("urgent", step_s={4: 1.0}, model="m", deadline_s=11.0)
+    singles = [on_one_gpu(f"s{n}", model="s", deadline_s=50.0) for n in range(4)]
+    busy = [Step("other", Block(7, 1), 1.0)]
+    steps = next_steps(0.0, 8, [paused, urgent, *singles], busy, CONFIG)
+    assert [step.task_id for step in steps] == ["paused"]  # 4 to 6 are held for the urgent one
+    calm = replace(urgent, step_s={2: 1.0, 4: 0.6}, deadline_s=16.0)
+    halves = [Step("other", Block(0, 1), 1.0), busy[0]]
+    (step,) = next_steps(0.0, 8, [paused, calm], halves, CONFIG)
+    assert (step.task_id, step.block) == ("urgent", Block(4, 2))
+
+
 def test_a_paused_step_joins_no_batch_and_a_batch_does_not_pause() -> None:
     config = StepSchedulerConfig(max_batch=2)
     pair = [
