@@ -50,12 +50,13 @@ def plot_days(result: dict[str, Any], folder: str) -> None:
         return
     figure, panels = plt.subplots(1, len(days), figsize=(5.4 * len(days), 3.8), squeeze=False)
     for panel, (day, rows) in zip(panels[0], days.items(), strict=True):
-        for scaler, row in rows.items():
+        by_cost = sorted(rows.items(), key=lambda entry: entry[1]["over_bound"])
+        for number, (scaler, row) in enumerate(by_cost):
             colour = OURS if scaler == "by-demand" else OTHERS
             panel.scatter(row["over_bound"], row["attainment"], color=colour, zorder=3)
             panel.annotate(
                 scaler, (row["over_bound"], row["attainment"]), fontsize=7,
-                xytext=(4, -8), textcoords="offset points",
+                xytext=(4, (-8, 5)[number % 2]), textcoords="offset points",
             )  # fmt: skip
         panel.set_xlabel("node-hours over those of the work", fontsize=8)
         panel.set_ylabel("in time", fontsize=8)
