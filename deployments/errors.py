@@ -28,7 +28,7 @@ from media.encode import MediaEncodingFailed
 from media.object_store import ObjectNotFound
 from models.catalog import ModelNotFound
 from models.checkpoint import CheckpointUnusable
-from models.compute import ComputeUnavailable, FirstBlockOnly
+from models.compute import ComputeUnavailable, FirstBlockOnly, StepAbandoned
 from models.control import ControlDoesNotFit
 from models.licence import LicenceForbids
 from models.lora import LoraDoesNotFit
@@ -123,6 +123,7 @@ ANSWERS: dict[type[Exception], Answer] = {
     MediaEncodingFailed: STAGE_FAILED,
     ComputeUnavailable: STAGE_FAILED,
     FirstBlockOnly: INTERNAL,
+    StepAbandoned: INTERNAL,
     LicenceForbids: STAGE_FAILED,
     ControlDoesNotFit: STAGE_FAILED,
     LoraDoesNotFit: STAGE_FAILED,

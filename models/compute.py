@@ -49,6 +49,10 @@ class FirstBlockOnly(Exception):
     """Ends a pass after its first block: what the model predicted before will do."""
 
 
+class StepAbandoned(Exception):
+    """Ends a step that has paused: the rest of it is not wanted."""
+
+
 class Compute(BaseModel, frozen=True, extra="forbid"):
     """None: the best that the device has."""
 

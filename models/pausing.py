@@ -13,14 +13,11 @@ import torch
 from torch import nn
 
 from models.attention import attention_kernels, use_attention_kernels
+from models.compute import StepAbandoned
 
 T = TypeVar("T")
 
 _here = threading.local()
-
-
-class StepAbandoned(Exception):
-    """The rest of a paused step is not wanted."""
 
 
 def let_pause(blocks: Iterable[nn.Module]) -> None:
