@@ -16,10 +16,9 @@ from autoscaling.demand import SMOOTH_S, Horizon, PoolDemand
 class PoolScaling(BaseModel, frozen=True, extra="forbid"):
     """load: the share of a replica's time that is planned with. cold_start_s: from asking for one
     to its first step, its node included. late_s: what can't be in time any more may take so long.
-    keep_warm_s: one replica is wanted for so long after
-    the last request came. pulling_priority: a plan of
-    a lower priority gets what the others leave, and one replica at least. usual_days: what came on
-    so many days at this time is expected again; 0: nothing is.
+    keep_warm_s: one replica is wanted for so long after the last request came. pulling_priority: a
+    plan of a lower priority gets what the others leave, and one replica at least. usual_days: what
+    came on so many days at this time is expected again; 0: nothing is.
     """
 
     load: float = Field(0.8, gt=0, le=1)

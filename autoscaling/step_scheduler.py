@@ -29,7 +29,7 @@ class StepSchedulerConfig(BaseModel, frozen=True, extra="forbid"):
     so many requests may make a step in one on a single rank; a video's last bits then depend on
     whom it meets there. late_capacity: the share of the time that those who are late are promised,
     as far as the others leave it. section_s: a longer step pauses between blocks of its model about
-    so often, so that another model's may be made first.
+    so often, so that another model's may be made first; infinite: never.
     """
 
     capacity: float = Field(0.95, gt=0, le=1)
@@ -281,7 +281,7 @@ class _Placing:
         """In how many sections a step is made, that nobody may have to wait for long."""
         if task.paused is not None:
             return task.paused.sections
-        return math.ceil(task.step_s[degree] / self.config.section_s)
+        return max(1, math.ceil(task.step_s[degree] / self.config.section_s))
 
     def grow(self) -> None:
         """Give idle neighbours to those that are done soonest and make good use of them."""
