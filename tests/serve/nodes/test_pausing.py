@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from autoscaling.rank_blocks import Block
 from autoscaling.step_scheduler import StepSchedulerConfig
 from deployments.checkpoints import Checkpoints
 from deployments.config import DenoiserConfig
@@ -24,6 +25,7 @@ from deployments.step_loop import StepLoop
 from jobs.store import LeaseLost
 from media.object_store import LocalObjectStore
 from models.catalog import Model, load_model
+from models.memory import OutOfMemory
 from models.request import VideoRequest
 from models.stages import load_encoder
 
@@ -117,6 +119,37 @@ def test_another_models_steps_are_made_within_one(
             assert loop.num_overtakings >= 1
             assert loop.held == {}
             assert loop.group.generation == 1  # no rank was asked for what it can't do
+
+    asyncio.run(within(300, act()))
+
+
+def test_who_lacks_memory_beside_a_paused_step_is_tried_without_it(
+    nodes: Cluster, store: LocalObjectStore, model: Model, other: Model, long: Work
+) -> None:
+    """And fails if there is none to be had so; what stood is made again. The lack is told to the
+    loop by the test: what is too large for a rank is no short step here.
+    """
+    many = Work(model, 3, num_steps=200, num_frames=5, width=64, height=64, guidance_scale=1.0)
+
+    async def act() -> None:
+        async with running(store, model, other) as loop:
+            expected = await long.run(loop, "times")
+            standing = asyncio.create_task(long.run(loop, "standing"))
+            await until_paused(loop)
+            beside = asyncio.create_task(many.run(loop, "beside"))
+            while loop.num_overtakings == 0:
+                await asyncio.sleep(0.002)
+            (stands,) = [held for held in loop.held.values() if held.paused]
+            (lacks,) = [held for held in loop.held.values() if held.id in loop.under_way]
+            error = OutOfMemory(model.id, "no room")
+            loop._lack([lacks], Block(0, 2), error)
+            assert not lacks.failed
+            assert stands.paused is None
+            loop._lack([lacks], Block(0, 2), error)
+            with pytest.raises(OutOfMemory, match="no room"):
+                await beside
+            assert np.array_equal(await standing, expected)
+            assert loop.group.generation == 1
 
     asyncio.run(within(300, act()))
 
