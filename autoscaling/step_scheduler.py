@@ -297,9 +297,9 @@ class _Placing:
             if task.id not in self.placed and task.batch is not None and task.paused is None
         ]
         for task, block in self.placed.values():
-            is_whole = task.paused is None
-            alike = [other for other in waiting if is_whole and other.batch == task.batch]
-            joined = alike[: self.config.max_batch - 1] if block.size == 1 else []
+            alike = [other for other in waiting if other.batch == task.batch]
+            can_join = block.size == 1 and task.paused is None
+            joined = alike[: self.config.max_batch - 1] if can_join else []
             self.batches[task.id] = joined
             waiting = [other for other in waiting if other not in joined]
 

@@ -141,13 +141,7 @@ def _take_first(
 ) -> Job | None:
     """Lease the first of these jobs that no other transaction is at, and change its columns."""
     first = candidates.limit(1).with_for_update(skip_locked=True, of=jobs)
-    return _take(connection, owner, first, lease_ms, **changes)
-
-
-def _take(
-    connection: Connection, owner: str, number: Select[Any], lease_ms: int, **changes: Any
-) -> Job | None:
-    statement = _leasing(number).values(**changes)
+    statement = _leasing(first).values(**changes)
     row = connection.execute(statement, {"by_owner": owner, "for_ms": lease_ms}).first()
     return None if row is None else to_job(row)
 
