@@ -21,6 +21,7 @@ from ray.cluster_utils import Cluster
 from ray.serve.handle import DeploymentHandle
 
 from autoscaling.tiers import GpuTier
+from bench.local_nodes import STORE_BYTES, local_nodes
 from deployments.config import DenoiserConfig, TierConfig
 from deployments.denoiser import Denoiser
 from deployments.messages import DenoiseWork
@@ -30,29 +31,16 @@ from models.conditioning import Conditioning
 from models.request import VideoRequest
 from models.stages import load_encoder
 
-STORE_BYTES = 200 << 20
 WAIT_S = 60.0
 
 
 @contextmanager
 def two_nodes() -> Iterator[Cluster]:
     """A head with room for the replica and one rank, and one more node."""
-    head = {
-        "num_cpus": 1,
-        "resources": {"head": 1},
-        "object_store_memory": STORE_BYTES,
-        "include_dashboard": False,
-    }
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-        ray.init(address=cluster.address, log_to_driver=False)
+    head = {"num_cpus": 1, "resources": {"head": 1}}
+    with local_nodes(head, {"num_cpus": 1}) as cluster:
         serve.start(proxy_location="Disabled")
         yield cluster
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-        cluster.shutdown()
 
 
 class LostNode:

@@ -12,7 +12,7 @@ from ray.core.generated import autoscaler_pb2
 from ray.serve.handle import DeploymentHandle
 
 from autoscaling.tiers import GpuTier
-from bench.lost_node import STORE_BYTES
+from bench.local_nodes import STORE_BYTES
 from deployments.checkpoints import checkpoint_key
 from deployments.config import DenoiserConfig, TierConfig
 from deployments.denoiser import Denoiser

@@ -8,7 +8,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.serve.handle import DeploymentHandle
 
-from bench.lost_node import STORE_BYTES
+from bench.local_nodes import STORE_BYTES
 from deployments.checkpoints import checkpoint_key
 from deployments.messages import DenoiseWork
 from media.object_store import LocalObjectStore

@@ -9,12 +9,11 @@ import httpx
 import pytest
 import ray
 from ray import serve
-from ray.cluster_utils import Cluster
 from ray.serve._private.api import serve_start
 from ray.serve.schema import ServeDeploySchema
 
 from bench.clusters import free_port, shipped_config
-from bench.lost_node import STORE_BYTES
+from bench.local_nodes import local_nodes
 from client.client import Client, Server
 from tests.conftest import ADMIN_KEY
 from tests.serve.conftest import wait_until
@@ -99,22 +98,16 @@ def tiers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         shell.setenv("MUTOSCOPE_ADMIN_KEY", ADMIN_KEY)
         shell.setenv("PYTHONPATH", str(ROOT))
         shell.setenv("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
-        head = {
-            "num_cpus": 1,
-            "resources": {"home": 1},
-            "object_store_memory": STORE_BYTES,
-            "include_dashboard": False,
-        }
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        try:
-            for tier in TIERS:
-                cluster.add_node(
-                    num_cpus=1,
-                    num_gpus=1,
-                    labels={"gpu-tier": tier, "ray.io/accelerator-type": tier.upper()},
-                    object_store_memory=STORE_BYTES,
-                )
-            ray.init(address=cluster.address, log_to_driver=False)
+        head = {"num_cpus": 1, "resources": {"home": 1}}
+        nodes = [
+            {
+                "num_cpus": 1,
+                "num_gpus": 1,
+                "labels": {"gpu-tier": tier, "ray.io/accelerator-type": tier.upper()},
+            }
+            for tier in TIERS
+        ]
+        with local_nodes(head, *nodes):
             schema = ServeDeploySchema.model_validate(tiered_config(port))
             client = serve_start(
                 http_options=schema.http_options.model_dump(),
@@ -123,10 +116,6 @@ def tiers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             client.deploy_apps(schema)
             wait_until(lambda: application().status == "RUNNING", 180)
             yield Server(f"http://127.0.0.1:{port}", (home / "api_key").read_text())
-        finally:
-            serve.shutdown()
-            ray.shutdown()
-            cluster.shutdown()
 
 
 def application() -> Any:
