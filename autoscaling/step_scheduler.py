@@ -10,6 +10,7 @@ import heapq
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from operator import attrgetter, itemgetter
 
 from pydantic import BaseModel, Field
@@ -23,8 +24,11 @@ LATER = 1.5
 class StepSchedulerConfig(BaseModel, frozen=True, extra="forbid"):
     """capacity: the share of the GPUs' time that may be promised. hurry: a request runs at the
     smallest degree that ends within this share of the time it has. max_step_s: a degree whose step
-    is longer is taken only if there is no quicker one, for so long may everyone else wait.
-    hold_s: a block is held free for a request whose slack is not longer than this and a step.
+    is longer is taken only if there is no quicker one, for so long may everyone else wait. Who has
+    no choice then may also run at the next smaller degree, which makes better use of the GPUs, if
+    it misses no deadline by that, its steps are not longer than long_step_s, and everyone else who
+    waits and is promised to be in time has more than patience_s to spare. hold_s: a block is held
+    free for a request whose slack is not longer than this and a step.
     min_efficiency: idle ranks are given to a request while its steps keep them so busy. max_batch:
     so many requests may make a step in one on a single rank; a video's last bits then depend on
     whom it meets there. late_capacity: the share of the time that those who are late are promised,
@@ -35,10 +39,12 @@ class StepSchedulerConfig(BaseModel, frozen=True, extra="forbid"):
     capacity: float = Field(0.95, gt=0, le=1)
     hurry: float = Field(0.35, gt=0, le=1)
     max_step_s: float = Field(2.5, gt=0)
+    long_step_s: float = Field(6.0, ge=0)
+    patience_s: float = Field(80.0, ge=0)
     hold_s: float = Field(5.0, ge=0)
     min_efficiency: float = Field(0.6, ge=0)
     max_batch: int = Field(1, ge=1)
-    late_capacity: float = Field(0.95, ge=0, le=1)
+    late_capacity: float = Field(0.85, ge=0, le=1)
     section_s: float = Field(2.5, gt=0)
 
 
@@ -59,12 +65,17 @@ def next_steps(
     board = RankBoard(now_s, num_ranks, [(step.block, step.ends_s) for step in under_way])
     if not board.free:
         return []
-    everyone = sorted((_fitted(task, num_ranks) for task in tasks), key=attrgetter("deadline_s"))
+    fit = [task if task.sizes[-1][0] <= num_ranks else _fitted(task, num_ranks) for task in tasks]
+    everyone = sorted(fit, key=attrgetter("deadline_s"))
     busy = {task_id: step for step in under_way for task_id in (step.task_id, *step.batched)}
-    promised = _promise(now_s, num_ranks, everyone, config, busy)
+    in_time = guaranteed(now_s, num_ranks, everyone, config, busy)
+    promised: Sequence[Promise] = in_time
+    if config.late_capacity and len(in_time) < len(everyone):
+        promised = _with_later(now_s, num_ranks, everyone, in_time, config, busy)
     express = [task for task in everyone if task.express_from_s <= now_s and task.id not in busy]
     first = {task.id for task in express}.union(busy)
-    plan = _Placing(board, config, [task for task in everyone if task.paused], busy)
+    paused = [task for task in everyone if task.paused]
+    plan = _Placing(board, config, in_time, paused, busy)
     for task in express:
         plan.place(task, must=True)
     for due_s, _, task in promised:
@@ -87,8 +98,6 @@ def next_steps(
 
 def _fitted(task: Task, num_ranks: int) -> Task:
     """The task with no degree but those that there are ranks for."""
-    if task.sizes[-1][0] <= num_ranks:
-        return task
     step_s = {degree: step_s for degree, step_s in task.step_s.items() if degree <= num_ranks}
     if not step_s:
         raise ValueError(f"task {task.id} runs at {sorted(task.step_s)} of {num_ranks} ranks")
@@ -97,20 +106,6 @@ def _fitted(task: Task, num_ranks: int) -> Task:
 
 Promise = tuple[float, float, Task]
 """When a task is to be done, the least GPU-seconds for it, and the task."""
-
-
-def _promise(
-    now_s: float,
-    num_ranks: int,
-    everyone: Sequence[Task],
-    config: StepSchedulerConfig,
-    busy: Mapping[str, Step],
-) -> list[Promise]:
-    """What is promised to whom, the earliest first."""
-    in_time = guaranteed(now_s, num_ranks, everyone, config, busy)
-    if not config.late_capacity or len(in_time) == len(everyone):
-        return in_time
-    return _with_later(now_s, num_ranks, everyone, in_time, config, busy)
 
 
 def guaranteed(
@@ -163,7 +158,9 @@ def _with_later(
     entries: list[tuple[float, float, Task, bool]] = [(*promise, False) for promise in in_time]
     for task in everyone:
         if task.id not in passed:
-            due_s = _later_deadline(task, now_s)
+            due_s = task.later_s
+            if due_s < now_s + task.steps_left * task.quickest_s:
+                due_s = _later_deadline(task, now_s)
             work = task.least_work(now_s, due_s)
             if work is not None:  # but for what rounding takes, it never is
                 entries.append((due_s, work, task, True))
@@ -173,9 +170,14 @@ def _with_later(
     least: list[tuple[float, int]] = []
     for number, (due_s, work, task, is_late) in enumerate(entries):
         total += work
-        if is_late:
+        most = per_s * (due_s - now_s)
+        if is_late and total > most:
+            gone = heapq.heappushpop(least, (task.value / work, number))[1]
+            left_out.add(gone)
+            total -= entries[gone][1]
+        elif is_late:
             heapq.heappush(least, (task.value / work, number))
-        while least and total > per_s * (due_s - now_s):
+        while least and total > most:
             gone = heapq.heappop(least)[1]
             left_out.add(gone)
             total -= entries[gone][1]
@@ -187,12 +189,11 @@ def _later_deadline(task: Task, now_s: float) -> float:
     one before.
     """
     done_s = now_s + task.least_seconds
-    if task.later_s < done_s:
-        # it may have come here after its deadline
-        wait_s = max(task.deadline_s - task.arrived_s, task.least_seconds)
-        while task.arrived_s + wait_s < done_s:
-            wait_s *= LATER
-        task.later_s = task.arrived_s + wait_s
+    # it may have come here after its deadline
+    wait_s = max(task.deadline_s - task.arrived_s, task.least_seconds)
+    while task.arrived_s + wait_s < done_s:
+        wait_s *= LATER
+    task.later_s = task.arrived_s + wait_s
     return task.later_s
 
 
@@ -210,14 +211,19 @@ class _Placing:
         self,
         board: RankBoard,
         config: StepSchedulerConfig,
+        in_time: Sequence[Promise],
         paused: Sequence[Task],
         busy: Collection[str],
     ) -> None:
-        """paused: who is, or will be when the section under way has ended."""
+        """in_time: who is promised to be. paused: who is, or will be when the section under way has
+        ended.
+        """
         self.board = board
         self.config = config
         self.paused = [(bits_of(task.paused.block), task) for task in paused if task.paused]
         self.waiting = [(bits, task) for bits, task in self.paused if task.id not in busy]
+        self.in_time = in_time
+        self.busy = busy
         self.placed: dict[str, tuple[Task, Block]] = {}
         self.batches: dict[str, list[Task]] = {}
 
@@ -233,7 +239,7 @@ class _Placing:
         if task.paused is not None:
             self._resume(task, task.paused.block, must=must)
             return
-        degrees = self._quick_degrees(task)
+        degrees = self._degrees(task)
         degree = self._degree(task, degrees)
         block = self._fit(task, degree)
         if block is None and self.waiting:
@@ -314,20 +320,47 @@ class _Placing:
             steps.append(Step(task.id, block, self.board.now_s + takes_s, ids, sections))
         return steps
 
-    def _quick_degrees(self, task: Task) -> list[int]:
-        """Those for whose steps nobody waits too long, smallest first; else the quickest alone."""
+    def _degrees(self, task: Task) -> list[int]:
+        """Those for whose steps nobody waits too long, smallest first."""
         quick = [degree for degree, step_s in task.sizes if step_s <= self.config.max_step_s]
-        return quick or [min(task.sizes, key=lambda size: size[1])[0]]
+        if len(quick) > 1:
+            return quick
+        quickest = quick[0] if quick else min(task.sizes, key=itemgetter(1))[0]
+        smaller = [(degree, step_s) for degree, step_s in task.sizes if degree < quickest]
+        if smaller and self._may_take(task, smaller[-1][1]):
+            return [smaller[-1][0], quickest]
+        return [quickest]
+
+    def _may_take(self, task: Task, step_s: float) -> bool:
+        """Its steps may be so long, longer than others should have to wait."""
+        if step_s > self.config.long_step_s:
+            return False
+        in_time = task.steps_left * step_s <= task.deadline_s - self.board.now_s
+        if not in_time and not self._is_late(task):
+            return False
+        return all(other == task.id or other in self.placed for other in self._pressed)
+
+    @cached_property
+    def _pressed(self) -> list[str]:
+        """Who is promised to be in time, waits, and has little to spare."""
+        by_s = self.board.now_s + self.config.patience_s
+        return [
+            task.id
+            for due_s, _, task in self.in_time
+            if due_s - task.steps_left * task.quickest_s <= by_s and task.id not in self.busy
+        ]
+
+    def _is_late(self, task: Task) -> bool:
+        """No degree ends in time any more."""
+        return task.least_seconds > task.deadline_s - self.board.now_s
 
     def _degree(self, task: Task, degrees: Collection[int]) -> int:
-        """The smallest that leaves time to spare.
-
-        Where none can be in time any more, the one that takes the least work.
+        """The smallest that leaves time to spare; of who is late, the one that takes the least
+        work.
         """
-        left_s = task.deadline_s - self.board.now_s
-        if task.least_seconds > left_s:
+        if self._is_late(task):
             return min(degrees, key=lambda degree: degree * task.step_s[degree])
-        enough_s = self.config.hurry * left_s
+        enough_s = self.config.hurry * (task.deadline_s - self.board.now_s)
         for degree in degrees:
             if task.steps_left * task.step_s[degree] <= enough_s:
                 return degree

@@ -187,6 +187,30 @@ def test_a_step_that_is_too_long_for_the_others_is_shared() -> None:
     assert step.block.size == 2  # there is no quicker one
 
 
+def test_a_long_step_leaves_ranks_to_others_while_nobody_is_pressed() -> None:
+    """Only at degree 8 are its steps quick, but by half of the ranks they are made with less."""
+    config = CONFIG.model_copy(update={"min_efficiency": 2.0, "patience_s": 80.0})
+    long = make_task("long", deadline_s=250.0, step_s={2: 9.0, 4: 4.6, 8: 2.4})
+    other = make_task("other", deadline_s=281.0, steps_left=1000, step_s={8: 0.2})
+
+    def size(task: Task, *others: Task, under_way: tuple[Step, ...] = ()) -> int | None:
+        steps = next_steps(0.0, 8, [task, *others], under_way, config)
+        return next((step.block.size for step in steps if step.task_id == task.id), None)
+
+    late = replace(long, arrived_s=-100.0, deadline_s=-1.0)
+    for task in (long, late):
+        assert size(task) == 4
+        assert size(task, other) == 4  # it has 81 s to spare
+        assert size(task, replace(other, deadline_s=279.0)) == 8
+        assert size(replace(task, step_s={**long.step_s, 4: 6.1})) == 8
+        assert size(replace(task, step_s={**long.step_s, 4: 2.4})) == 4  # quick itself
+    at_work = Step("at-work", Block(4, 4), 1.0)
+    assert size(replace(long, deadline_s=47.0), under_way=(at_work,)) == 4
+    assert size(replace(long, deadline_s=45.0), under_way=(at_work,)) is None  # it would be late
+    busy = replace(other, deadline_s=279.0, steps_left=500, step_s={4: 0.4})
+    assert size(long, busy, under_way=(Step("other", Block(0, 4), 1.0),)) == 4  # it does not wait
+
+
 def test_idle_ranks_are_lent_only_if_used_well() -> None:
     task = make_task("t", deadline_s=1000.0)
     for least, size in ((0.6, 8), (0.7, 4), (0.9, 2)):
