@@ -10,18 +10,20 @@ from bench.local_nodes import TRIES, local_nodes
 
 pytestmark = [pytest.mark.serve, pytest.mark.long]
 
+LATE = "The current node timed out during startup."
 HEAD, OTHER = {"num_cpus": 1}, {"num_cpus": 2}
 ADD_NODE = Cluster.add_node
 
 
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What Ray says, one after the other, when a node other than the head is to start."""
-    said: list[str] = []
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """What Ray says, one after the other, when a node is to start; None: it does."""
+    said: list[str | None] = []
 
     def add_node(cluster: Cluster, **node: Any) -> Any:
-        if cluster.head_node is not None and said:
-            raise Exception(said.pop(0))
+        error = said.pop(0) if said else None
+        if error is not None:
+            raise Exception(error)
         return ADD_NODE(cluster, **node)
 
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
@@ -31,9 +33,9 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_another_cluster_starts_in_its_place(
-    failing: list[str], capsys: pytest.CaptureFixture[str]
+    said: list[str | None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failing.append("The current node timed out during startup.")
+    said += [None, LATE]
     with local_nodes(HEAD, OTHER):
         assert [node["Alive"] for node in ray.nodes()] == [True, True]
         assert ray.cluster_resources()["CPU"] == 3
@@ -41,12 +43,14 @@ def test_another_cluster_starts_in_its_place(
 
 
 @pytest.mark.parametrize(
-    ("said", "left"),
-    [(["it timed out during startup"] * (TRIES + 1), 1), (["no such label", "never asked"], 1)],
+    ("errors", "tries"),
+    [([LATE] * (TRIES + 1), TRIES), (["no such label"] * 2, 1)],
     ids=["as often as it is tried", "for another reason"],
 )
-def test_it_is_told_who_can_not_start(failing: list[str], said: list[str], left: int) -> None:
-    failing += said
-    with pytest.raises(Exception, match=said[0]), local_nodes(HEAD, OTHER):
+def test_it_is_told_who_can_not_start(
+    said: list[str | None], errors: list[str], tries: int
+) -> None:
+    said += errors
+    with pytest.raises(Exception, match=errors[0]), local_nodes(HEAD, OTHER):
         raise AssertionError("there is no cluster")
-    assert len(failing) == left
+    assert len(said) == len(errors) - tries
