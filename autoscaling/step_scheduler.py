@@ -170,14 +170,9 @@ def _with_later(
     least: list[tuple[float, int]] = []
     for number, (due_s, work, task, is_late) in enumerate(entries):
         total += work
-        most = per_s * (due_s - now_s)
-        if is_late and total > most:
-            gone = heapq.heappushpop(least, (task.value / work, number))[1]
-            left_out.add(gone)
-            total -= entries[gone][1]
-        elif is_late:
+        if is_late:
             heapq.heappush(least, (task.value / work, number))
-        while least and total > most:
+        while least and total > per_s * (due_s - now_s):
             gone = heapq.heappop(least)[1]
             left_out.add(gone)
             total -= entries[gone][1]

@@ -54,6 +54,7 @@ WEIGHTS = {Plan.FREE: 1.0, Plan.BASIC: 2.0, Plan.PRO: 4.0}
 OURS = {
     "guaranteed-set": (0.0, StepSchedulerConfig()),
     "guaranteed-set-credits": (0.8, StepSchedulerConfig(late_capacity=0.3, long_step_s=0.0)),
+    "guaranteed-set-all-ranks": (0.0, StepSchedulerConfig(long_step_s=0.0)),
     "guaranteed-set-whole-steps": (0.0, StepSchedulerConfig(section_s=math.inf)),
 }
 """By how much a request's work counts for its value, and what the step scheduler is told."""

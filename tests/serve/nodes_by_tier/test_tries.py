@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -16,15 +17,21 @@ ADD_NODE = Cluster.add_node
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
-    """What Ray says, one after the other, when a node is to start; None: it does."""
+def late(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """What Ray says, one after the other, of nodes that it has started, of which the cluster has
+    not heard then, as in Ray. None, or no more: it is known.
+    """
     said: list[str | None] = []
 
     def add_node(cluster: Cluster, **node: Any) -> Any:
+        started = ADD_NODE(cluster, **node)
         error = said.pop(0) if said else None
         if error is not None:
+            cluster.worker_nodes.discard(started)
+            if cluster.head_node is started:
+                cluster.head_node = None
             raise Exception(error)
-        return ADD_NODE(cluster, **node)
+        return started
 
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
@@ -32,14 +39,17 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     return said
 
 
+@pytest.mark.parametrize("said", [[LATE], [None, LATE]], ids=["the head", "another"])
 def test_another_cluster_starts_in_its_place(
-    said: list[str | None], capsys: pytest.CaptureFixture[str]
+    late: list[str | None], said: list[str | None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said += [None, LATE]
+    late += said
+    before = set(psutil.Process().children(recursive=True))
     with local_nodes(HEAD, OTHER):
         assert [node["Alive"] for node in ray.nodes()] == [True, True]
         assert ray.cluster_resources()["CPU"] == 3
-    assert "gcs_server.out" in capsys.readouterr().err
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert "raylet.out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -48,9 +58,11 @@ def test_another_cluster_starts_in_its_place(
     ids=["as often as it is tried", "for another reason"],
 )
 def test_it_is_told_who_can_not_start(
-    said: list[str | None], errors: list[str], tries: int
+    late: list[str | None], errors: list[str], tries: int
 ) -> None:
-    said += errors
+    late += errors
+    before = set(psutil.Process().children(recursive=True))
     with pytest.raises(Exception, match=errors[0]), local_nodes(HEAD, OTHER):
         raise AssertionError("there is no cluster")
-    assert len(said) == len(errors) - tries
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert len(late) == len(errors) - tries
